@@ -1,0 +1,578 @@
+//! A Media Playlist as the shield publishes it: keys named, segments linked, all else as it was.
+//!
+//! Each segment gets an EXT-X-KEY before its EXTINF and a link in its URI. Init sections stand in clear by
+//! default: before the first KEY, and later between a KEY of METHOD=NONE and the next one, because a KEY
+//! applies to every EXT-X-MAP behind it (D22 §4.4.4.4). When they are to be encrypted, each has a KEY with
+//! an IV of its own before it (D22 §4.4.4.5 wants the IV written).
+//!
+//! What cannot be rewritten rightly is refused with its line: byte ranges, parts, I-frame playlists,
+//! variables and playlists that are encrypted already. A refusal is a clean error; a guess would be ciphertext
+//! that no player can decrypt, or plaintext that slips by.
+
+use quick_m3u8::tag::IntoInnerTag;
+use quick_m3u8::tag::hls::{Key, Method, Version};
+
+use super::attributes::Attributes;
+use super::error::{PlaylistError, Problem};
+use super::link::{Link, LinkedPath, write_origin_query};
+use super::mounts::{Mounts, Place as OriginPath};
+use super::playlist::{Content, Line, Playlist, decimal};
+use crate::keys::{DekId, Iv, IvMode, KeyId, KeyMethod, LinkKey, MediaSequenceNumber, Place, Resource};
+
+/// An EXT-X-KEY with an IV needs at least this version (D22 §8).
+const VERSION_WITH_IV: u64 = 2;
+
+/// The content key that covers a segment, as far as a playlist shows it.
+#[derive(Debug, Clone, Copy)]
+pub struct PeriodKey<'a> {
+    pub id: KeyId,
+    pub link: &'a LinkKey,
+}
+
+/// Everything besides its text that a Media Playlist's rewriting depends on.
+pub struct MediaRewrite<'a> {
+    pub mounts: &'a Mounts,
+    /// Where the playlist itself lies.
+    pub from: &'a OriginPath<'a>,
+    /// The path prefix that its stream owns at that origin.
+    pub stream_prefix: &'a str,
+    pub method: KeyMethod,
+    pub iv_mode: IvMode,
+    pub encrypt_init_sections: bool,
+    /// What stands before the key ID in key URIs, such as `/api/hls/keys/`.
+    pub key_uri_base: &'a str,
+    /// Signs the links of init sections that are served in clear.
+    pub clear_init: (DekId, &'a LinkKey),
+    /// The key that covers a segment; `None` refuses the playlist.
+    pub key_at: &'a dyn Fn(MediaSequenceNumber) -> Option<PeriodKey<'a>>,
+}
+
+/// Rewrites a Media Playlist.
+///
+/// # Errors
+/// The first line that cannot be rewritten rightly.
+pub fn rewrite_media(playlist: &Playlist<'_>, rewrite: &MediaRewrite<'_>) -> Result<String, PlaylistError> {
+    let facts = playlist.media_facts()?;
+    let mut writer = Writer {
+        rewrite,
+        ending: playlist.lines.first().map_or("\n", |line| line.ending),
+        out: String::with_capacity(playlist.lines.len() * 96),
+        in_force: InForce::Nothing,
+    };
+    if writer.ending.is_empty() {
+        writer.ending = "\n";
+    }
+    if playlist.byte_order_mark {
+        writer.out.push('\u{feff}');
+    }
+    let needs_version = !has_version(playlist) && facts.segments > 0;
+    let mut msn = facts.media_sequence;
+    // Lines since the last segment: they belong to the next one.
+    let mut pending: Vec<(usize, &Line<'_>)> = Vec::new();
+    for (number, line) in (1..).zip(&playlist.lines) {
+        if line.content == Content::Uri {
+            writer.segment(msn, &mut pending, (number, line))?;
+            msn = msn.plus(1);
+            continue;
+        }
+        refuse_unsupported(line).map_err(|problem| problem.at(number))?;
+        pending.push((number, line));
+        if number == 1 && needs_version {
+            writer.flush(None, &mut pending)?;
+            writer.line(&version_line());
+        }
+    }
+    // An init section behind the last segment is that of the next one, which may not have a key yet.
+    let next = (rewrite.key_at)(msn).or_else(|| (rewrite.key_at)(msn.minus(1)));
+    writer.flush(next.as_ref(), &mut pending)?;
+    Ok(writer.out)
+}
+
+/// What EXT-X-KEY is in force for the lines that follow.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum InForce {
+    /// No KEY yet, or METHOD=NONE: what follows is clear.
+    Nothing,
+    /// The KEY of an init section.
+    Init,
+    Period(KeyId),
+}
+
+struct Writer<'p, 'r, 'a> {
+    rewrite: &'r MediaRewrite<'a>,
+    ending: &'p str,
+    out: String,
+    in_force: InForce,
+}
+
+impl Writer<'_, '_, '_> {
+    fn line(&mut self, text: &str) {
+        self.out.push_str(text);
+        self.out.push_str(self.ending);
+    }
+
+    fn copy(&mut self, line: &Line<'_>) {
+        self.out.push_str(line.text);
+        self.out.push_str(line.ending);
+    }
+
+    /// Writes lines without a segment of their own to encrypt: the playlist's head and tail, and what stands
+    /// before a gap. `key` is for an init section among them.
+    fn flush(
+        &mut self,
+        key: Option<&PeriodKey<'_>>,
+        pending: &mut Vec<(usize, &Line<'_>)>,
+    ) -> Result<(), PlaylistError> {
+        for (number, line) in pending.drain(..) {
+            self.tag_line(key, number, line)?;
+        }
+        Ok(())
+    }
+
+    fn tag_line(
+        &mut self,
+        key: Option<&PeriodKey<'_>>,
+        number: usize,
+        line: &Line<'_>,
+    ) -> Result<(), PlaylistError> {
+        match line.tag_name() {
+            Some("-X-MAP") => self.map(key, number, line),
+            // Only METHOD=NONE gets here: what is in force is ours to say.
+            Some("-X-KEY") => Ok(()),
+            Some("-X-VERSION") => self.version(number, line),
+            _ => {
+                self.copy(line);
+                Ok(())
+            }
+        }
+    }
+
+    fn segment(
+        &mut self,
+        msn: MediaSequenceNumber,
+        pending: &mut Vec<(usize, &Line<'_>)>,
+        (number, uri): (usize, &Line<'_>),
+    ) -> Result<(), PlaylistError> {
+        let key = (self.rewrite.key_at)(msn).ok_or_else(|| Problem::NoKey { msn: msn.0 }.at(number))?;
+        // D22 §4.4.4.7: nobody fetches a gap's segment, so there is nothing to link or to decrypt.
+        if pending.iter().any(|(_, line)| line.tag_name() == Some("-X-GAP")) {
+            self.flush(Some(&key), pending)?;
+            self.copy(uri);
+            return Ok(());
+        }
+        let signer = key.id.as_bytes();
+        let (source, linked) = self
+            .linked(uri.text, Place::Segment(msn), signer, key.link)
+            .map_err(|problem| problem.at(number))?;
+        let iv = key.link.iv(self.rewrite.iv_mode, &source.resource(signer, Place::Segment(msn)));
+
+        // The KEY goes before EXTINF, and behind the last MAP, which must not fall under it.
+        let after_map = pending.iter().rposition(|(_, line)| line.tag_name() == Some("-X-MAP"));
+        let before_inf = pending.iter().position(|(_, line)| line.tag_name() == Some("INF"));
+        let key_goes_to = after_map.map_or(0, |map| map + 1).max(before_inf.unwrap_or(pending.len()));
+        let mut behind = pending.split_off(key_goes_to);
+        self.flush(Some(&key), pending)?;
+        self.key(&key, iv);
+        self.flush(Some(&key), &mut behind)?;
+        self.out.push_str(&linked);
+        self.out.push_str(uri.ending);
+        Ok(())
+    }
+
+    /// The EXT-X-KEY of a segment, where one is called for: always, or once a period.
+    fn key(&mut self, key: &PeriodKey<'_>, iv: Iv) {
+        let now = InForce::Period(key.id);
+        if self.rewrite.iv_mode == IvMode::Period && self.in_force == now {
+            return;
+        }
+        self.in_force = now;
+        let line = self.key_line(key.id, iv);
+        self.line(&line);
+    }
+
+    fn key_line(&self, id: KeyId, iv: Iv) -> String {
+        let key = Key::builder()
+            .with_method(self.rewrite.method.name())
+            .with_uri(format!("{}{id}", self.rewrite.key_uri_base))
+            .with_iv(iv.to_attribute())
+            .finish();
+        String::from_utf8_lossy(key.into_inner().value()).into_owned()
+    }
+
+    /// An init section: linked, and under a KEY of its own or under none.
+    fn map(
+        &mut self,
+        key: Option<&PeriodKey<'_>>,
+        number: usize,
+        line: &Line<'_>,
+    ) -> Result<(), PlaylistError> {
+        let Content::Tag(tag) = line.content else { return Ok(()) };
+        let attributes = Attributes::of(tag).map_err(|problem| problem.at(number))?;
+        let missing = || Problem::BadTag { tag: attributes.tag_name(), why: "it has no URI".into() };
+        let uri = attributes.quoted("URI").ok_or_else(|| missing().at(number))?;
+        let linked = if self.rewrite.encrypt_init_sections {
+            self.encrypted_map(key, uri)
+        } else {
+            self.clear_map(uri)
+        };
+        let linked = linked.map_err(|problem| problem.at(number))?;
+        self.out.push_str(&Attributes::splice(line.text, uri, &linked));
+        self.out.push_str(line.ending);
+        Ok(())
+    }
+
+    fn encrypted_map(&mut self, key: Option<&PeriodKey<'_>>, uri: &str) -> Result<String, Problem> {
+        let key = key.ok_or(Problem::NoKeyForInit)?;
+        let signer = key.id.as_bytes();
+        let (source, linked) = self.linked(uri, Place::Init, signer, key.link)?;
+        let iv = key.link.iv(self.rewrite.iv_mode, &source.resource(signer, Place::Init));
+        let key_line = self.key_line(key.id, iv);
+        self.line(&key_line);
+        // The next segment's IV is another one, so its KEY must be written in every mode.
+        self.in_force = InForce::Init;
+        Ok(linked)
+    }
+
+    fn clear_map(&mut self, uri: &str) -> Result<String, Problem> {
+        if self.in_force != InForce::Nothing {
+            let none = Key::builder().with_method(Method::None).finish();
+            self.line(&String::from_utf8_lossy(none.into_inner().value()));
+            self.in_force = InForce::Nothing;
+        }
+        let (dek, link) = self.rewrite.clear_init;
+        Ok(self.linked(uri, Place::ClearInit, dek.as_bytes(), link)?.1)
+    }
+
+    /// The URI with its link, and where it leads.
+    fn linked(
+        &self,
+        uri: &str,
+        place: Place,
+        signer: &[u8; KeyId::LEN],
+        link_key: &LinkKey,
+    ) -> Result<(Source, String), Problem> {
+        let bad = |why: String| Problem::BadUri { uri: shown(uri), why };
+        let rewrite = self.rewrite;
+        let to = rewrite.mounts.resolve(rewrite.from, uri).map_err(|error| bad(error.to_string()))?;
+        let under_stream =
+            to.mount.origin == rewrite.from.mount.origin && to.path.starts_with(rewrite.stream_prefix);
+        if to.mount.pass_through && !under_stream {
+            return Err(bad(format!(
+                "it lies outside the stream's prefix {:?} at an origin with pass_through = true, where its \
+                 plaintext could be fetched; widen the prefix or turn pass_through off",
+                rewrite.stream_prefix
+            )));
+        }
+        if to.path.ends_with('/') {
+            return Err(bad("it names a directory".into()));
+        }
+        let resource = Resource { signer, origin: &to.mount.origin, path: &to.path, place };
+        let link = Link::to_resource(&resource, link_key);
+        let reference = uri.split(['?', '#']).next().unwrap_or_default();
+        let mut linked = if is_relative(reference) && is_plain(reference) {
+            LinkedPath::insert(reference, &link)
+        } else {
+            LinkedPath::insert(&to.mount.shield_path(&to.path), &link)
+        };
+        if let Some(query) = &to.query {
+            linked.push('?');
+            linked.push_str(&write_origin_query(query, &resource, link_key));
+        }
+        Ok((Source { origin: to.mount.origin.clone(), path: to.path }, linked))
+    }
+
+    fn version(&mut self, number: usize, line: &Line<'_>) -> Result<(), PlaylistError> {
+        let Content::Tag(tag) = line.content else { return Ok(()) };
+        if decimal(&tag).map_err(|problem| problem.at(number))? >= VERSION_WITH_IV {
+            self.copy(line);
+        } else {
+            self.out.push_str(&version_line());
+            self.out.push_str(line.ending);
+        }
+        Ok(())
+    }
+}
+
+/// Where a linked URI leads: what its IV is derived from.
+struct Source {
+    origin: String,
+    path: String,
+}
+
+impl Source {
+    fn resource<'a>(&'a self, signer: &'a [u8; KeyId::LEN], place: Place) -> Resource<'a> {
+        Resource { signer, origin: &self.origin, path: &self.path, place }
+    }
+}
+
+fn has_version(playlist: &Playlist<'_>) -> bool {
+    playlist.lines.iter().any(|line| line.tag_name() == Some("-X-VERSION"))
+}
+
+fn version_line() -> String {
+    String::from_utf8_lossy(Version::new(VERSION_WITH_IV).into_inner().value()).into_owned()
+}
+
+/// A reference without a scheme, an authority or a leading slash.
+fn is_relative(reference: &str) -> bool {
+    let first = reference.split('/').next().unwrap_or_default();
+    !reference.is_empty() && !reference.starts_with('/') && !first.contains(':')
+}
+
+/// Whether every player asks for the reference as it stands, without encoding any of it.
+fn is_plain(reference: &str) -> bool {
+    reference.bytes().all(|b| b.is_ascii_graphic() && !b"\"<>\\^`{|}".contains(&b))
+}
+
+/// What of a refused URI an error may repeat: no query, which may hold a token.
+fn shown(uri: &str) -> String {
+    uri.split(['?', '#']).next().unwrap_or_default().chars().take(200).collect()
+}
+
+fn refuse_unsupported(line: &Line<'_>) -> Result<(), Problem> {
+    let Content::Tag(tag) = line.content else { return Ok(()) };
+    let unsupported = |tag| Err(Problem::Unsupported { tag });
+    match tag.name() {
+        "-X-BYTERANGE" => unsupported("EXT-X-BYTERANGE"),
+        "-X-I-FRAMES-ONLY" => unsupported("EXT-X-I-FRAMES-ONLY"),
+        "-X-PART" => unsupported("EXT-X-PART"),
+        "-X-PRELOAD-HINT" => unsupported("EXT-X-PRELOAD-HINT"),
+        "-X-SKIP" => unsupported("EXT-X-SKIP"),
+        "-X-DEFINE" => unsupported("EXT-X-DEFINE"),
+        "-X-MAP" if Attributes::of(tag)?.has("BYTERANGE") => unsupported("EXT-X-MAP with BYTERANGE"),
+        "-X-KEY" => match Attributes::of(tag)?.unquoted("METHOD") {
+            Some("NONE") => Ok(()),
+            method => Err(Problem::AlreadyEncrypted { method: method.unwrap_or("missing").to_owned() }),
+        },
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hls::mounts::{BaseUrl, Mount};
+    use crate::keys::IvMode;
+
+    const DEK: DekId = DekId::from_bytes([0xdd; 16]);
+
+    /// Rewrites with ordinal 0 up to MSN 101 and ordinal 1 from there on.
+    fn rewrite(input: &str, change: impl FnOnce(&mut MediaRewrite<'_>)) -> Result<String, PlaylistError> {
+        let mount = |origin: &str, path, url, pass_through| {
+            let bases = vec![BaseUrl::parse(url).unwrap()];
+            Mount::new(origin.to_owned(), path, bases, pass_through).unwrap()
+        };
+        let mounts = Mounts::new(vec![
+            mount("main", "/", "https://origin.example", false),
+            mount("open", "/open", "https://open.example", true),
+        ])
+        .unwrap();
+        let from = mounts.locate("/live/ch1/720p.m3u8").unwrap();
+        let links = [LinkKey::from_bytes([1; 32]), LinkKey::from_bytes([2; 32])];
+        let key_at = |msn: MediaSequenceNumber| {
+            let ordinal = usize::from(msn.0 > 101);
+            Some(PeriodKey { id: KeyId::from_bytes([ordinal as u8; 16]), link: &links[ordinal] })
+        };
+        let mut rewrite = MediaRewrite {
+            mounts: &mounts,
+            from: &from,
+            stream_prefix: "/live/ch1/",
+            method: KeyMethod::Aes128,
+            iv_mode: IvMode::Segment,
+            encrypt_init_sections: false,
+            key_uri_base: "/api/hls/keys/",
+            clear_init: (DEK, &links[0]),
+            key_at: &key_at,
+        };
+        change(&mut rewrite);
+        rewrite_media(&Playlist::parse(input.as_bytes()).unwrap(), &rewrite)
+    }
+
+    /// Compares with what changes from run to run of the derivation cut out: MACs and IVs, which
+    /// `keys::derive` pins. `{0}` and `{1}` stand for the key IDs, `{d}` for the DEK's.
+    fn check(input: &str, change: impl FnOnce(&mut MediaRewrite<'_>), expected: &str) {
+        let output = rewrite(input, change).unwrap();
+        let mut shown = String::new();
+        for line in output.split_inclusive('\n') {
+            let line = line
+                .replace(&"00".repeat(16), "{0}")
+                .replace(&"01".repeat(16), "{1}")
+                .replace(&"dd".repeat(16), "{d}");
+            let line = match line.split_once("IV=0x") {
+                Some((before, after)) => format!("{before}IV={}", &after[32..]),
+                None => line,
+            };
+            match line.find("~{").map(|at| (at, line[at..].find('/').unwrap_or(0))) {
+                Some((at, len)) => {
+                    let link = &line[at..at + len];
+                    let without_mac = link.rsplit_once('.').unwrap().0;
+                    shown.push_str(&[&line[..at], without_mac, &line[at + len..]].concat());
+                }
+                None => shown.push_str(&line),
+            }
+        }
+        assert_eq!(shown, expected);
+    }
+
+    fn refused(input: &str) -> PlaylistError {
+        rewrite(input, |_| {}).unwrap_err()
+    }
+
+    const LIVE: &str = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:6\n#EXT-X-MEDIA-SEQUENCE:101\n\
+        #EXTINF:6.000,\nseg_101.ts\n\
+        #EXT-X-PROGRAM-DATE-TIME:2026-01-01T00:00:06Z\n#EXTINF:6.000,title, with comma\nseg_102.ts\n";
+
+    #[test]
+    fn a_live_playlist_names_a_key_before_every_segment() {
+        check(
+            LIVE,
+            |_| {},
+            "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:6\n#EXT-X-MEDIA-SEQUENCE:101\n\
+             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
+             #EXTINF:6.000,\n~{0}.101/seg_101.ts\n\
+             #EXT-X-PROGRAM-DATE-TIME:2026-01-01T00:00:06Z\n\
+             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{1}\",IV=\n\
+             #EXTINF:6.000,title, with comma\n~{1}.102/seg_102.ts\n",
+        );
+    }
+
+    #[test]
+    fn period_mode_names_a_key_once_a_period() {
+        let input = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-MEDIA-SEQUENCE:100\n\
+                     #EXTINF:6,\na.ts\n#EXTINF:6,\nb.ts\n#EXTINF:6,\nc.ts\n";
+        check(
+            input,
+            |rewrite| rewrite.iv_mode = IvMode::Period,
+            "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-MEDIA-SEQUENCE:100\n\
+             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
+             #EXTINF:6,\n~{0}.100/a.ts\n#EXTINF:6,\n~{0}.101/b.ts\n\
+             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{1}\",IV=\n\
+             #EXTINF:6,\n~{1}.102/c.ts\n",
+        );
+    }
+
+    #[test]
+    fn a_version_that_is_missing_or_too_low_is_raised_and_no_further() {
+        check(
+            "#EXTM3U\r\n#EXTINF:6,\r\na.ts\r\n",
+            |_| {},
+            "#EXTM3U\r\n#EXT-X-VERSION:2\r\n\
+             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\r\n\
+             #EXTINF:6,\r\n~{0}.0/a.ts\r\n",
+        );
+        let low = rewrite("#EXTM3U\n#EXT-X-VERSION:1\n#EXTINF:6,\na.ts\n", |_| {}).unwrap();
+        assert!(low.starts_with("#EXTM3U\n#EXT-X-VERSION:2\n#EXT-X-KEY"), "{low}");
+    }
+
+    const FMP4: &str = "#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-MEDIA-SEQUENCE:100\n\
+        #EXT-X-MAP:URI=\"init.mp4\",X-ODD=1\n#EXTINF:6,\na.m4s\n\
+        #EXT-X-DISCONTINUITY\n#EXT-X-MAP:URI=\"../ads/init.mp4\"\n#EXTINF:6,\nb.m4s\n";
+
+    #[test]
+    fn clear_init_sections_stand_under_no_key() {
+        check(
+            FMP4,
+            |_| {},
+            "#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-MEDIA-SEQUENCE:100\n\
+             #EXT-X-MAP:URI=\"~{d}.clear/init.mp4\",X-ODD=1\n\
+             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
+             #EXTINF:6,\n~{0}.100/a.m4s\n\
+             #EXT-X-DISCONTINUITY\n#EXT-X-KEY:METHOD=NONE\n\
+             #EXT-X-MAP:URI=\"../ads/~{d}.clear/init.mp4\"\n\
+             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
+             #EXTINF:6,\n~{0}.101/b.m4s\n",
+        );
+    }
+
+    #[test]
+    fn encrypted_init_sections_have_a_key_of_their_own_before_them() {
+        check(
+            FMP4,
+            |rewrite| rewrite.encrypt_init_sections = true,
+            "#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-MEDIA-SEQUENCE:100\n\
+             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
+             #EXT-X-MAP:URI=\"~{0}.init/init.mp4\",X-ODD=1\n\
+             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
+             #EXTINF:6,\n~{0}.100/a.m4s\n\
+             #EXT-X-DISCONTINUITY\n\
+             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
+             #EXT-X-MAP:URI=\"../ads/~{0}.init/init.mp4\"\n\
+             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
+             #EXTINF:6,\n~{0}.101/b.m4s\n",
+        );
+    }
+
+    #[test]
+    fn a_gap_links_nothing() {
+        let input = "#EXTM3U\n#EXT-X-VERSION:8\n#EXT-X-GAP\n#EXTINF:6,\nmissing.ts\n#EXTINF:6,\na.ts\n";
+        check(
+            input,
+            |_| {},
+            "#EXTM3U\n#EXT-X-VERSION:8\n#EXT-X-GAP\n#EXTINF:6,\nmissing.ts\n\
+             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n#EXTINF:6,\n~{0}.1/a.ts\n",
+        );
+    }
+
+    #[test]
+    fn a_key_of_method_none_is_ours_to_leave_out() {
+        let output = rewrite("#EXTM3U\n#EXT-X-KEY:METHOD=NONE\n#EXTINF:6,\na.ts\n#EXT-X-ENDLIST", |_| {});
+        let output = output.unwrap();
+        assert!(!output.contains("METHOD=NONE"), "{output}");
+        assert!(output.ends_with("\n#EXT-X-ENDLIST"), "{output}");
+    }
+
+    #[test]
+    fn an_origins_query_goes_behind_the_link() {
+        let output = rewrite("#EXTM3U\n#EXTINF:6,\na.ts?sig=1%2F2\n", |_| {}).unwrap();
+        let uri = output.lines().last().unwrap();
+        assert!(uri.contains("/a.ts?_oq=") && !uri.contains("sig"), "{uri}");
+    }
+
+    #[test]
+    fn references_that_players_would_encode_differently_become_plain_paths() {
+        let output = rewrite("#EXTM3U\n#EXTINF:6,\nmy seg.ts\n", |_| {}).unwrap();
+        let uri = output.lines().last().unwrap();
+        assert!(uri.starts_with("/live/ch1/~") && uri.ends_with("/my%20seg.ts"), "{uri}");
+    }
+
+    #[test]
+    fn other_allowed_origins_are_linked_through_their_mount() {
+        let output = rewrite("#EXTM3U\n#EXTINF:6,\nhttps://origin.example/x/a.ts\n", |_| {}).unwrap();
+        assert!(output.lines().last().unwrap().starts_with("/x/~"), "{output}");
+    }
+
+    #[test]
+    fn what_cannot_be_rewritten_rightly_is_refused_with_its_line() {
+        let media = |middle: &str| format!("#EXTM3U\n{middle}\n#EXTINF:6,\na.ts\n");
+        for tag in [
+            "#EXT-X-BYTERANGE:100@0",
+            "#EXT-X-I-FRAMES-ONLY",
+            "#EXT-X-PART:DURATION=1,URI=\"p\"",
+            "#EXT-X-PRELOAD-HINT:TYPE=PART,URI=\"p\"",
+            "#EXT-X-SKIP:SKIPPED-SEGMENTS=3",
+            "#EXT-X-DEFINE:NAME=\"a\",VALUE=\"b\"",
+            "#EXT-X-MAP:URI=\"i.mp4\",BYTERANGE=\"10@0\"",
+        ] {
+            let error = refused(&media(tag));
+            assert_eq!(error.line, 2, "{tag}");
+            assert!(matches!(error.problem, Problem::Unsupported { .. }), "{tag}: {error:?}");
+        }
+        let encrypted = refused(&media("#EXT-X-KEY:METHOD=SAMPLE-AES,URI=\"skd://x\""));
+        assert_eq!(encrypted.problem, Problem::AlreadyEncrypted { method: "SAMPLE-AES".into() });
+        assert!(matches!(refused(&media("#EXT-X-MAP:BANDWIDTH=1")).problem, Problem::BadTag { .. }));
+        assert!(matches!(refused(&media("#EXT-X-MAP:URI=\"x")).problem, Problem::BadTag { .. }));
+    }
+
+    #[test]
+    fn a_segment_whose_plaintext_could_be_fetched_is_refused() {
+        let error = refused("#EXTM3U\n#EXTINF:6,\nhttps://open.example/a.ts\n");
+        assert_eq!(error.line, 3);
+        assert!(error.problem.to_string().contains("pass_through"), "{}", error.problem);
+    }
+
+    #[test]
+    fn a_segment_without_a_key_is_refused() {
+        let error = rewrite(LIVE, |rewrite| rewrite.key_at = &|_| None).unwrap_err();
+        assert_eq!((error.line, error.problem), (6, Problem::NoKey { msn: 101 }));
+    }
+}

@@ -1,0 +1,20 @@
+//! HLS playlists: read, understood and rewritten; segment links spelt and read.
+//!
+//! Pure, and lossless: a line that is not ours to change goes out with the bytes it came in with. Rules cite
+//! the sections of draft-pantos-hls-rfc8216bis-22 as "D22 §…". Deliberately absent: fetching, caching, and
+//! which key a segment gets (`keys::schedule` says, a closure here asks).
+
+mod attributes;
+mod error;
+mod link;
+mod media;
+mod mounts;
+mod multivariant;
+mod playlist;
+
+pub use error::{PlaylistError, Problem};
+pub use link::{Link, LinkError, LinkedPath, ORIGIN_QUERY_PARAM};
+pub use media::{MediaRewrite, PeriodKey, rewrite_media};
+pub use mounts::{BaseUrl, Mount, MountError, Mounts, Place as OriginPath, normalized_path};
+pub use multivariant::rewrite_multivariant;
+pub use playlist::{Kind, MediaFacts, Playlist, looks_like_a_playlist};

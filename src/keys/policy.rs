@@ -1,0 +1,139 @@
+//! How a stream's keys are to be made, changed and kept.
+//!
+//! The defaults are the guide's: a new key every 30 minutes or 100 segments, AES-128, 3 keys made ahead,
+//! 300 seconds of grace. A `Policy` has been checked: code that holds one need not doubt its numbers.
+
+use std::time::Duration;
+
+use thiserror::Error;
+
+use super::derive::IvMode;
+
+/// The METHOD of EXT-X-KEY (draft-pantos-hls-rfc8216bis-22 §4.4.4.4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KeyMethod {
+    #[default]
+    Aes128,
+    /// AES-256-CBC, an extension that hls.js and Shaka Player understand; not in the specification.
+    Aes256,
+}
+
+impl KeyMethod {
+    pub const ALL: [KeyMethod; 2] = [KeyMethod::Aes128, KeyMethod::Aes256];
+
+    pub fn key_len(self) -> usize {
+        match self {
+            KeyMethod::Aes128 => 16,
+            KeyMethod::Aes256 => 32,
+        }
+    }
+
+    /// The name in EXT-X-KEY and in the API's `keyMethod`.
+    pub fn name(self) -> &'static str {
+        match self {
+            KeyMethod::Aes128 => "AES-128",
+            KeyMethod::Aes256 => "AES-256",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|method| method.name() == name)
+    }
+}
+
+/// A stream's rules. Build one from [`Policy::default`] and check it with [`Policy::checked`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Policy {
+    pub key_method: KeyMethod,
+    /// How long a key may be the newest before the next is promoted. `None`: no time trigger.
+    pub rotation_interval: Option<Duration>,
+    /// Media Segments of one rendition under one key.
+    pub segments_per_key: u32,
+    /// Keys that wait, made and stored, for their promotion.
+    pub pre_generate_keys: u32,
+    /// How long a key is kept after the last playlist that named it can have been in use.
+    pub grace_period: Duration,
+    /// Segments between the live edge and a boundary that time or an operator asked for.
+    pub lead_segments: u32,
+    /// How long caches in front of the shield may keep a playlist.
+    pub cdn_ttl: Duration,
+    pub iv_mode: IvMode,
+    pub encrypt_init_sections: bool,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            key_method: KeyMethod::Aes128,
+            rotation_interval: Some(Duration::from_secs(30 * 60)),
+            segments_per_key: 100,
+            pre_generate_keys: 3,
+            grace_period: Duration::from_secs(300),
+            lead_segments: 2,
+            cdn_ttl: Duration::from_secs(60),
+            iv_mode: IvMode::Segment,
+            encrypt_init_sections: false,
+        }
+    }
+}
+
+/// What is wrong with a policy: the field and the rule it breaks.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{field} {rule}")]
+pub struct PolicyError {
+    pub field: &'static str,
+    pub rule: &'static str,
+}
+
+impl Policy {
+    /// The policy itself, if its numbers make sense.
+    ///
+    /// # Errors
+    /// The first field that does not, with the rule it breaks.
+    pub fn checked(self) -> Result<Self, PolicyError> {
+        let wrong = |field, rule| Err(PolicyError { field, rule });
+        if self.rotation_interval.is_some_and(|interval| interval < Duration::from_secs(1)) {
+            return wrong("rotation_interval", "must be at least 1 second, or 0 for no time trigger");
+        }
+        if !(1..=1_000_000).contains(&self.segments_per_key) {
+            return wrong("segments_per_key", "must be between 1 and 1000000");
+        }
+        if !(1..=100).contains(&self.pre_generate_keys) {
+            return wrong("pre_generate_keys", "must be between 1 and 100");
+        }
+        if self.lead_segments > 100 {
+            return wrong("lead_segments", "must be at most 100");
+        }
+        Ok(self)
+    }
+
+    /// How long after the last playlist that named it a key must still be served: RFC 8216 §6.2.2 keeps a
+    /// removed segment available for its duration and the longest playlist that held it, caches may hold
+    /// that playlist longer, and the grace period comes on top.
+    pub fn retention(&self, longest_playlist: Duration) -> Duration {
+        longest_playlist + self.cdn_ttl + self.grace_period
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_the_guides() {
+        let policy = Policy::default().checked().unwrap();
+        assert_eq!(policy.key_method.name(), "AES-128");
+        assert_eq!(policy.rotation_interval, Some(Duration::from_secs(1800)));
+        assert_eq!(policy.segments_per_key, 100);
+        assert_eq!(policy.pre_generate_keys, 3);
+        assert_eq!(policy.grace_period, Duration::from_secs(300));
+    }
+
+    #[test]
+    fn numbers_that_make_no_sense_name_their_field() {
+        let no_segments = Policy { segments_per_key: 0, ..Policy::default() }.checked();
+        assert_eq!(no_segments.unwrap_err().field, "segments_per_key");
+        let no_keys = Policy { pre_generate_keys: 0, ..Policy::default() }.checked();
+        assert_eq!(no_keys.unwrap_err().field, "pre_generate_keys");
+    }
+}

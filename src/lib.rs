@@ -1,0 +1,3 @@
+pub mod cipher;
+pub mod hls;
+pub mod keys;
