@@ -1,3 +1,10 @@
 pub mod cipher;
+pub mod clock;
+pub mod demo;
+pub mod engine;
+pub mod entropy;
 pub mod hls;
 pub mod keys;
+pub mod kms;
+pub mod store;
+pub mod telemetry;

@@ -152,8 +152,10 @@ pub fn plan(
         let late = PlaylistWindow { first: window.first.minus(window.len()), ..*window };
         return start(last.epoch, Some(last.ordinal), Reason::Start, &late, policy, marks, siblings);
     }
+    // What was shown further on must not change, even if this window is an older one.
+    let end = edge.map_or(window.end, |edge| window.end.max(edge.end));
     let mut planned = Vec::new();
-    go_on(*last, &mut planned, window, policy, marks, siblings);
+    go_on(*last, &mut planned, &PlaylistWindow { end, ..*window }, policy, marks, siblings);
     planned
 }
 
@@ -299,6 +301,15 @@ mod tests {
     }
 
     #[test]
+    fn a_promotion_is_placed_past_what_any_earlier_window_showed() {
+        let has = schedule(&[(0, 0, 0)]);
+        let marks = Marks { head: Ordinal(1), forced: Ordinal(1) };
+        let edge = Some(Edge { first: MediaSequenceNumber(12), end: MediaSequenceNumber(20) });
+        let planned = plan(&has, edge, &live(10, 16), &policy(100), marks, &[]);
+        check(planned, &[(0, 1, 22, Reason::Promotion)]);
+    }
+
+    #[test]
     fn a_promotion_close_to_a_count_boundary_is_that_boundary() {
         let has = schedule(&[(0, 0, 0)]);
         let marks = Marks { head: Ordinal(3), forced: Ordinal(3) };
@@ -348,7 +359,7 @@ mod tests {
 
     #[test]
     fn a_lagging_replica_is_no_jump_back() {
-        let has = schedule(&[(0, 0, 49_900)]);
+        let has = schedule(&[(0, 0, 49_950)]);
         let edge = Some(Edge { first: MediaSequenceNumber(49_992), end: MediaSequenceNumber(50_000) });
         check(plan(&has, edge, &live(49_989, 49_997), &policy(100), NOTHING_PROMOTED, &[]), &[]);
     }

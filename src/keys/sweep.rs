@@ -70,6 +70,8 @@ pub struct StreamFacts {
     /// In the order of their ordinals, without gaps.
     pub keys: Vec<KeyFacts>,
     pub renditions: Vec<RenditionFacts>,
+    /// The highest ordinal that a boundary names.
+    pub scheduled: Option<Ordinal>,
 }
 
 /// One thing to do to a stream's keys, and why.
@@ -77,8 +79,9 @@ pub struct StreamFacts {
 pub enum KeyOp {
     /// Make and store a pre-active key.
     Generate { ordinal: Ordinal, reason: &'static str },
-    /// Make a pre-active key the stream's newest; renditions go over to it.
-    Promote { ordinal: Ordinal, reason: &'static str },
+    /// Make a pre-active key the stream's newest. `forced`: every rendition must go over to it; otherwise
+    /// each comes to it by its own count.
+    Promote { ordinal: Ordinal, forced: bool, reason: &'static str },
     /// No published playlist names it any more.
     Deactivate { ordinal: Ordinal, reason: &'static str },
     /// No playlist that can still be held names it: wipe its bytes.
@@ -104,12 +107,19 @@ fn promotion(
     now: Timestamp,
 ) -> Option<KeyOp> {
     let Some(head) = head else {
-        return Some(KeyOp::Promote { ordinal: Ordinal::FIRST, reason: "the stream's first key" });
+        let ordinal = stream.scheduled.unwrap_or(Ordinal::FIRST);
+        return Some(KeyOp::Promote { ordinal, forced: false, reason: "the stream's first key" });
     };
     let is_vod = !stream.renditions.is_empty() && stream.renditions.iter().all(|r| r.ended);
+    let scheduled = stream.scheduled.filter(|scheduled| *scheduled > head.ordinal);
+    if let Some(ordinal) = scheduled {
+        return Some(KeyOp::Promote { ordinal, forced: false, reason: "a boundary names it already" });
+    }
     let age = now.since(head.activated_at?);
-    (policy.rotation_interval.is_some_and(|interval| age >= interval) && !is_vod)
-        .then(|| KeyOp::Promote { ordinal: head.ordinal.next(), reason: "the rotation interval has passed" })
+    (policy.rotation_interval.is_some_and(|interval| age >= interval) && !is_vod).then(|| {
+        let ordinal = head.ordinal.next();
+        KeyOp::Promote { ordinal, forced: true, reason: "the rotation interval has passed" }
+    })
 }
 
 fn generate(stream: &StreamFacts, policy: &Policy, promoting: bool, ops: &mut Vec<KeyOp>) {
@@ -204,6 +214,10 @@ mod tests {
         assert_eq!(ops, expected);
     }
 
+    fn facts(keys: Vec<KeyFacts>, renditions: Vec<RenditionFacts>) -> StreamFacts {
+        StreamFacts { keys, renditions, scheduled: None }
+    }
+
     fn steady() -> Vec<KeyFacts> {
         use KeyState::{Active, PreActive};
         vec![
@@ -216,7 +230,7 @@ mod tests {
 
     #[test]
     fn a_new_stream_gets_its_keys_and_its_first_promotion() {
-        let stream = StreamFacts { keys: vec![], renditions: vec![] };
+        let stream = facts(vec![], vec![]);
         check(
             &stream,
             0,
@@ -227,26 +241,31 @@ mod tests {
     #[test]
     fn a_sweep_that_broke_off_is_gone_on_with() {
         use KeyState::PreActive;
-        let stream =
-            StreamFacts { keys: vec![key(0, PreActive, None), key(1, PreActive, None)], renditions: vec![] };
+        let stream = facts(vec![key(0, PreActive, None), key(1, PreActive, None)], vec![]);
         check(&stream, 0, &[("generate", 2), ("generate", 3), ("promote", 0)]);
     }
 
     #[test]
     fn nothing_is_due_before_the_interval() {
-        check(&StreamFacts { keys: steady(), renditions: vec![live(0, 1799)] }, 1799, &[]);
+        check(&facts(steady(), vec![live(0, 1799)]), 1799, &[]);
     }
 
     #[test]
     fn the_interval_promotes_the_next_key_and_makes_another() {
-        let stream = StreamFacts { keys: steady(), renditions: vec![live(0, 1800)] };
+        let stream = facts(steady(), vec![live(0, 1800)]);
         check(&stream, 1800, &[("generate", 4), ("promote", 1)]);
+    }
+
+    #[test]
+    fn a_key_that_a_boundary_names_is_promoted_after_a_crash_in_between() {
+        let crashed = StreamFacts { scheduled: Some(Ordinal(1)), ..facts(steady(), vec![live(0, 0)]) };
+        check(&crashed, 10, &[("generate", 4), ("promote", 1)]);
     }
 
     #[test]
     fn a_stream_that_is_all_vod_is_not_rotated_by_time() {
         let vod = RenditionFacts { ended: true, ..live(0, 0) };
-        check(&StreamFacts { keys: steady(), renditions: vec![vod] }, 999_999, &[]);
+        check(&facts(steady(), vec![vod]), 999_999, &[]);
     }
 
     #[test]
@@ -255,9 +274,9 @@ mod tests {
         let mut keys = steady();
         keys[1] = key(1, Active, Some(10));
         keys.push(key(4, KeyState::PreActive, None));
-        let lagging = StreamFacts { keys: keys.clone(), renditions: vec![live(1, 20), live(0, 20)] };
+        let lagging = facts(keys.clone(), vec![live(1, 20), live(0, 20)]);
         check(&lagging, 20, &[]);
-        let left = StreamFacts { keys, renditions: vec![live(1, 20), live(1, 20)] };
+        let left = facts(keys, vec![live(1, 20), live(1, 20)]);
         check(&left, 20, &[("deactivate", 0)]);
     }
 
@@ -268,13 +287,13 @@ mod tests {
         keys[0] = key(0, Deactivated, Some(0));
         keys[1] = key(1, Active, Some(10));
         keys.push(key(4, KeyState::PreActive, None));
-        let stream = StreamFacts { keys: keys.clone(), renditions: vec![live(1, 400)] };
+        let stream = facts(keys.clone(), vec![live(1, 400)]);
         // 40 s of playlist, 60 s of CDN, 300 s of grace.
         check(&stream, 399, &[]);
         check(&stream, 400, &[("destroy", 0)]);
 
         keys[0].last_named_at = at(100);
-        let still_named = StreamFacts { keys, renditions: vec![live(1, 499)] };
+        let still_named = facts(keys, vec![live(1, 499)]);
         check(&still_named, 499, &[]);
         check(&still_named, 500, &[("destroy", 0)]);
     }
@@ -285,7 +304,7 @@ mod tests {
         let mut keys = steady();
         keys[1] = key(1, Active, Some(10));
         keys.push(key(4, KeyState::PreActive, None));
-        let stream = StreamFacts { keys, renditions: vec![live(0, 0), live(1, 400)] };
+        let stream = facts(keys, vec![live(0, 0), live(1, 400)]);
         check(&stream, 399, &[]);
         check(&stream, 400, &[("deactivate", 0)]);
     }
@@ -301,6 +320,6 @@ mod tests {
             key(4, KeyState::PreActive, None),
         ];
         let vod = RenditionFacts { ended: true, ..live(0, 0) };
-        check(&StreamFacts { keys, renditions: vec![vod] }, 99_999_999, &[]);
+        check(&facts(keys, vec![vod]), 99_999_999, &[]);
     }
 }

@@ -1,0 +1,231 @@
+//! A master key file on this machine.
+//!
+//! One master key a line, `{id}:{64 hex digits}`; the first wraps, all unwrap. The file is made with mode 0600
+//! on the first start, and one that others may read is refused: whoever has it and the database has every key.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+use zeroize::Zeroizing;
+
+use crate::entropy;
+use crate::keys::{Context, DataEncryptionKey, EnvelopeError, NONCE_LEN, open, seal};
+
+const PROVIDER: &str = "local";
+
+/// Why the master key file cannot be used, or what it wrapped cannot be unwrapped.
+#[derive(Debug, Error)]
+pub enum MasterKeyError {
+    #[error("cannot {what} the master key file {path}: {source}")]
+    Io { what: &'static str, path: PathBuf, source: io::Error },
+    #[error(
+        "the master key file {path} may be read by others (mode {mode:04o}); run: chmod 600 {path}",
+        path = path.display()
+    )]
+    TooOpen { path: PathBuf, mode: u32 },
+    #[error(
+        "the master key file {path}, line {line}: expected ID:64-HEX-DIGITS (the ID of letters, digits and -)",
+        path = path.display()
+    )]
+    BadLine { path: PathBuf, line: usize },
+    #[error("the master key file {path} holds no key", path = path.display())]
+    Empty { path: PathBuf },
+    #[error("the data encryption key was wrapped by {kek_id:?}, which this master key file does not hold")]
+    UnknownKey { kek_id: String },
+    #[error("the data encryption key that {kek_id:?} wrapped: {source}")]
+    Envelope { kek_id: String, source: EnvelopeError },
+}
+
+struct MasterKey {
+    id: String,
+    key: Zeroizing<[u8; 32]>,
+}
+
+/// The keys of one master key file.
+pub struct LocalKms {
+    /// Never empty; the first wraps.
+    keys: Vec<MasterKey>,
+}
+
+impl std::fmt::Debug for LocalKms {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.keys.iter().map(|key| &key.id)).finish()
+    }
+}
+
+impl LocalKms {
+    /// Reads the file, making it with one random key if it is not there.
+    ///
+    /// # Errors
+    /// A file that cannot be read or made, that others may read, or whose lines are not keys.
+    pub fn open(path: &Path) -> Result<Self, MasterKeyError> {
+        let io = |what| move |source| MasterKeyError::Io { what, path: path.to_owned(), source };
+        match Self::create(path) {
+            Ok(()) => tracing::info!(path = %path.display(), "made a master key file: back it up"),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(io("make")(error)),
+        }
+        let mode = fs::metadata(path).map_err(io("read"))?.permissions().mode() & 0o777;
+        if mode & 0o077 != 0 {
+            return Err(MasterKeyError::TooOpen { path: path.to_owned(), mode });
+        }
+        let text = Zeroizing::new(fs::read_to_string(path).map_err(io("read"))?);
+        let keys = text
+            .lines()
+            .enumerate()
+            .map(|(at, line)| (at + 1, line.trim()))
+            .filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
+            .map(|(line, text)| {
+                MasterKey::parse(text).ok_or_else(|| MasterKeyError::BadLine { path: path.to_owned(), line })
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        if keys.is_empty() {
+            return Err(MasterKeyError::Empty { path: path.to_owned() });
+        }
+        Ok(Self { keys })
+    }
+
+    /// Makes the file with one random key. It gets its name only when it is whole and on disk.
+    fn create(path: &Path) -> io::Result<()> {
+        if path.exists() {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        let draft = path.with_extension(format!("new-{}", hex::encode(&entropy::random::<8>()[..])));
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft)?;
+        let id = hex::encode(&entropy::random::<4>()[..]);
+        let key = Zeroizing::new(hex::encode(&entropy::random::<32>()[..]));
+        let written = writeln!(file, "# keyshield master keys: the first wraps, all unwrap")
+            .and_then(|()| writeln!(file, "{id}:{}", &*key))
+            .and_then(|()| file.sync_all())
+            // A link, not a rename: it fails where another process was first, instead of taking its place.
+            .and_then(|()| fs::hard_link(&draft, path));
+        fs::remove_file(&draft)?;
+        written?;
+        match path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
+            Some(dir) => File::open(dir)?.sync_all(),
+            None => Ok(()),
+        }
+    }
+
+    /// The ID under which [`Self::wrap`] wraps, as it is stored.
+    pub fn kek_id(&self) -> String {
+        format!("{PROVIDER}:{}", self.keys[0].id)
+    }
+
+    /// Wraps a DEK under the first master key.
+    pub fn wrap(&self, context: &Context<'_>, dek: &DataEncryptionKey) -> Vec<u8> {
+        seal(&self.keys[0].key, *entropy::random::<NONCE_LEN>(), context, dek.expose())
+    }
+
+    /// Unwraps a DEK under the master key that wrapped it.
+    ///
+    /// # Errors
+    /// A key that is not in the file, or an envelope that does not open.
+    pub fn unwrap(
+        &self,
+        kek_id: &str,
+        context: &Context<'_>,
+        wrapped: &[u8],
+    ) -> Result<DataEncryptionKey, MasterKeyError> {
+        let unknown = || MasterKeyError::UnknownKey { kek_id: kek_id.to_owned() };
+        let envelope = |source| MasterKeyError::Envelope { kek_id: kek_id.to_owned(), source };
+        let id = kek_id.strip_prefix(PROVIDER).and_then(|rest| rest.strip_prefix(':'));
+        let master = self.keys.iter().find(|key| Some(key.id.as_str()) == id).ok_or_else(unknown)?;
+        let plaintext = open(&master.key, context, wrapped).map_err(envelope)?;
+        let bytes: &[u8; DataEncryptionKey::LEN] = plaintext[..]
+            .try_into()
+            .map_err(|_| envelope(EnvelopeError::TooShort { found: plaintext.len() }))?;
+        Ok(DataEncryptionKey::from_bytes(*bytes))
+    }
+}
+
+impl MasterKey {
+    fn parse(line: &str) -> Option<Self> {
+        let (id, digits) = line.split_once(':')?;
+        let legal = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
+        let mut key = Zeroizing::new([0; 32]);
+        hex::decode_to_slice(digits.trim(), &mut key[..]).ok()?;
+        (!id.is_empty() && id.bytes().all(legal)).then(|| Self { id: id.to_owned(), key })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::{DekId, DekVersion, StreamId};
+
+    fn context(stream: &StreamId) -> Context<'_> {
+        Context::Dek { stream, dek: DekId::from_bytes([1; 16]), version: DekVersion(1) }
+    }
+
+    fn file(dir: &tempfile::TempDir, text: &str) -> PathBuf {
+        let path = dir.path().join("master.key");
+        let mut file =
+            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path).unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        path
+    }
+
+    #[test]
+    fn the_file_is_made_for_its_owner_alone_and_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("master.key");
+        let stream: StreamId = "ch1".parse().unwrap();
+        let dek = DataEncryptionKey::from_bytes([9; 32]);
+        let kms = LocalKms::open(&path).unwrap();
+        let wrapped = kms.wrap(&context(&stream), &dek);
+
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no draft is left behind");
+        let again = LocalKms::open(&path).unwrap();
+        let unwrapped = again.unwrap(&kms.kek_id(), &context(&stream), &wrapped).unwrap();
+        assert_eq!(unwrapped.expose(), dek.expose());
+    }
+
+    #[test]
+    fn the_first_key_wraps_and_all_unwrap() {
+        let dir = tempfile::tempdir().unwrap();
+        let stream: StreamId = "ch1".parse().unwrap();
+        let (old, new) = ("01".repeat(32), "02".repeat(32));
+        let before = LocalKms::open(&file(&dir, &format!("old:{old}\n"))).unwrap();
+        let wrapped = before.wrap(&context(&stream), &DataEncryptionKey::from_bytes([9; 32]));
+
+        let after = LocalKms::open(&file(&dir, &format!("# rolled\nnew:{new}\nold:{old}\n"))).unwrap();
+        assert_eq!(after.kek_id(), "local:new");
+        assert!(after.unwrap("local:old", &context(&stream), &wrapped).is_ok());
+
+        let gone = LocalKms::open(&file(&dir, &format!("new:{new}\n"))).unwrap();
+        let error = gone.unwrap("local:old", &context(&stream), &wrapped).unwrap_err();
+        assert!(matches!(error, MasterKeyError::UnknownKey { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_dek_does_not_open_for_another_stream() {
+        let dir = tempfile::tempdir().unwrap();
+        let kms = LocalKms::open(&dir.path().join("master.key")).unwrap();
+        let (ch1, ch2): (StreamId, StreamId) = ("ch1".parse().unwrap(), "ch2".parse().unwrap());
+        let wrapped = kms.wrap(&context(&ch1), &DataEncryptionKey::from_bytes([9; 32]));
+        let error = kms.unwrap(&kms.kek_id(), &context(&ch2), &wrapped).unwrap_err();
+        assert!(matches!(error, MasterKeyError::Envelope { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_others_may_read_is_refused_with_the_remedy() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = file(&dir, &format!("a:{}\n", "01".repeat(32)));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        let error = LocalKms::open(&path).unwrap_err();
+        assert!(error.to_string().contains("chmod 600"), "{error}");
+    }
+
+    #[test]
+    fn a_line_that_is_no_key_is_named_but_not_shown() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = LocalKms::open(&file(&dir, "\nsecretsecret\n")).unwrap_err().to_string();
+        assert!(error.contains("line 2") && !error.contains("secretsecret"), "{error}");
+        assert!(matches!(LocalKms::open(&file(&dir, "# none\n")), Err(MasterKeyError::Empty { .. })));
+    }
+}
