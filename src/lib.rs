@@ -6,5 +6,6 @@ pub mod entropy;
 pub mod hls;
 pub mod keys;
 pub mod kms;
+pub mod shield;
 pub mod store;
 pub mod telemetry;

@@ -1,0 +1,23 @@
+//! The data plane: what players and CDNs speak to, on pingora.
+//!
+//! Every request is one of four things: a key, a segment (or init section) behind a link, a playlist of a
+//! stream, or a path of an origin that is passed through. The first three are answered in the request phase
+//! from memory or through [`upstream`]; only the last one goes the proxy's own way. Rule above all: what lies
+//! under a stream's prefix leaves rewritten, encrypted, or not at all.
+//!
+//! Deliberately absent: changing anything. The engine is asked, never written to.
+
+mod flow;
+mod keys;
+mod pass_through;
+mod playlists;
+mod range;
+mod reply;
+mod route;
+mod segments;
+mod service;
+mod settings;
+pub mod upstream;
+
+pub use service::{Shield, service};
+pub use settings::ShieldSettings;

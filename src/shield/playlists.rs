@@ -1,0 +1,295 @@
+//! Playlists of streams: fetched whole, rewritten, kept for a moment.
+//!
+//! Equal requests become one fetch; a result is fresh for a quarter of its target duration (the CDN is told
+//! half). When the origin fails, the last good one is served for `stale_if_error`. What a playlist is follows
+//! from its content: a path of a stream that turns out not to be a playlist is refused after its first bytes.
+
+use std::io::Read;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use flate2::read::GzDecoder;
+use http::StatusCode;
+use http::header::{AGE, CACHE_CONTROL, ETAG};
+use moka::sync::Cache;
+use sha2::{Digest, Sha256};
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+use super::reply::{Refusal, Reply};
+use super::service::Shield;
+use super::upstream::{OriginError, OriginRequest};
+use crate::engine::{LiveKey, Published, Stream};
+use crate::hls::{
+    Kind, MediaFacts, MediaRewrite, OriginPath, PeriodKey, Playlist, PlaylistError, looks_like_a_playlist,
+    rewrite_media, rewrite_multivariant,
+};
+use crate::keys::{KeyId, MediaSequenceNumber, PlaylistWindow};
+
+const CONTENT_TYPE_M3U8: &str = "application/vnd.apple.mpegurl";
+/// How long a Multivariant Playlist, or one that has ended, is fresh.
+const STEADY_TTL: Duration = Duration::from_secs(10);
+/// How long a failure stands for all who ask.
+const FAILURE_TTL: Duration = Duration::from_millis(500);
+/// Bounds of a live playlist's freshness.
+const LIVE_TTL: std::ops::RangeInclusive<Duration> = Duration::from_millis(250)..=Duration::from_secs(2);
+
+/// A playlist as it is served.
+struct Rewritten {
+    body: Bytes,
+    etag: String,
+    /// The keys that it names: each serving says that they are still needed.
+    keys: Vec<Arc<LiveKey>>,
+    fetched: Instant,
+    ttl: Duration,
+    max_age: Duration,
+}
+
+/// The last results for one path and query. Whoever holds the lock fetches; the others wait for it.
+#[derive(Default)]
+struct Slot {
+    good: Option<Arc<Rewritten>>,
+    failed: Option<(Instant, Refusal)>,
+}
+
+type Slots = Cache<(String, String, String), Arc<Mutex<Slot>>>;
+
+/// The playlists that were served of late.
+pub(super) struct Playlists {
+    slots: Slots,
+}
+
+impl Playlists {
+    pub(super) fn new(max_playlists: u64, stale_if_error: Duration) -> Self {
+        let slots = Cache::builder()
+            .max_capacity(max_playlists)
+            .time_to_idle(stale_if_error.max(STEADY_TTL) * 2)
+            .build();
+        Self { slots }
+    }
+}
+
+/// Answers a request for a playlist.
+///
+/// # Errors
+/// [`Refusal`] when the origin has none to give, or the shield cannot rewrite it rightly.
+pub(super) async fn serve(
+    shield: &Shield,
+    stream: &Arc<Stream>,
+    place: &OriginPath<'_>,
+) -> Result<Reply, Refusal> {
+    let query = place.query.clone().unwrap_or_default();
+    let key = (place.mount.origin.clone(), place.path.clone(), query);
+    let slot = shield.playlists.slots.get_with(key, Arc::default);
+    let rewritten = fresh(shield, stream, place, &mut *slot.lock().await).await?;
+
+    let now = shield.clock.now();
+    let mut named: Vec<KeyId> = Vec::with_capacity(rewritten.keys.len());
+    for key in &rewritten.keys {
+        key.named_at(now);
+        named.push(key.id);
+    }
+    let age = rewritten.fetched.elapsed().as_secs();
+    let max_age = rewritten.max_age.as_secs().max(1);
+    Ok(Reply::new(StatusCode::OK, CONTENT_TYPE_M3U8, rewritten.body.clone())
+        .with(CACHE_CONTROL, format!("public, max-age={max_age}"))
+        .with(AGE, age.to_string())
+        .with(ETAG, rewritten.etag.clone())
+        .tagged(&stream.settings.id, &named))
+}
+
+async fn fresh(
+    shield: &Shield,
+    stream: &Arc<Stream>,
+    place: &OriginPath<'_>,
+    slot: &mut Slot,
+) -> Result<Arc<Rewritten>, Refusal> {
+    let stale = |good: &Arc<Rewritten>| {
+        let usable = good.fetched.elapsed() < shield.settings.stale_if_error;
+        usable.then(|| Arc::clone(good))
+    };
+    if let Some(good) = slot.good.as_ref().filter(|good| good.fetched.elapsed() < good.ttl) {
+        return Ok(Arc::clone(good));
+    }
+    let refusal = match &slot.failed {
+        Some((at, refusal)) if at.elapsed() < FAILURE_TTL => refusal.clone(),
+        _ => match fetch(shield, stream, place).await {
+            Ok(rewritten) => {
+                let rewritten = Arc::new(rewritten);
+                *slot = Slot { good: Some(Arc::clone(&rewritten)), failed: None };
+                return Ok(rewritten);
+            }
+            Err(refusal) => {
+                slot.failed = Some((Instant::now(), refusal.clone()));
+                refusal
+            }
+        },
+    };
+    // Only what may pass by itself: an origin that says 404 has taken the playlist away.
+    let passing = refusal.status().is_server_error() && !matches!(refusal, Refusal::Playlist(_));
+    match slot.good.as_ref().filter(|_| passing).and_then(stale) {
+        Some(good) => {
+            tracing::warn!(stream = %stream.settings.id, path = place.path, %refusal, "serving a stale playlist");
+            shield.metrics.stale_playlists.inc();
+            Ok(good)
+        }
+        None => Err(refusal),
+    }
+}
+
+async fn fetch(shield: &Shield, stream: &Arc<Stream>, place: &OriginPath<'_>) -> Result<Rewritten, Refusal> {
+    let body = fetch_body(shield, place).await?;
+    let playlist = Playlist::parse(&body).inspect_err(|error| refused(stream, place, error))?;
+    let rewritten = match playlist.kind() {
+        Kind::Multivariant => rewrite_multivariant(&playlist, &shield.settings.mounts, place)
+            .map(|text| finish(text, Vec::new(), STEADY_TTL, STEADY_TTL)),
+        Kind::Media => {
+            let facts = playlist.media_facts()?;
+            let window = window(&facts);
+            let duration = Duration::try_from_secs_f64(facts.duration_secs).unwrap_or_default();
+            let published = shield.engine.publish(stream, &place.path, window, duration).await?;
+            rewrite(shield, stream, place, &playlist, &published).map(|text| {
+                let (ttl, max_age) = freshness(&facts);
+                finish(text, published.keys().cloned().collect(), ttl, max_age)
+            })
+        }
+    };
+    Ok(rewritten.inspect_err(|error| refused(stream, place, error))?)
+}
+
+fn refused(stream: &Stream, place: &OriginPath<'_>, error: &PlaylistError) {
+    tracing::warn!(stream = %stream.settings.id, path = place.path, %error, "playlist refused");
+}
+
+fn window(facts: &MediaFacts) -> PlaylistWindow {
+    PlaylistWindow {
+        first: facts.media_sequence,
+        end: facts.media_sequence.plus(facts.segments as u64),
+        ended: facts.ended,
+    }
+}
+
+/// How long a Media Playlist is fresh here, and how long caches are told to keep it.
+fn freshness(facts: &MediaFacts) -> (Duration, Duration) {
+    if facts.ended {
+        return (STEADY_TTL, STEADY_TTL);
+    }
+    let target = Duration::from_secs(facts.target_duration_secs.max(1));
+    ((target / 4).clamp(*LIVE_TTL.start(), *LIVE_TTL.end()), target / 2)
+}
+
+fn rewrite(
+    shield: &Shield,
+    stream: &Stream,
+    place: &OriginPath<'_>,
+    playlist: &Playlist<'_>,
+    published: &Published,
+) -> Result<String, PlaylistError> {
+    let policy = &stream.settings.policy;
+    let key_at = |msn: MediaSequenceNumber| {
+        let key = published.key_at(msn)?;
+        Some(PeriodKey { id: key.id, link: &key.secrets.link })
+    };
+    rewrite_media(
+        playlist,
+        &MediaRewrite {
+            mounts: &shield.settings.mounts,
+            from: place,
+            stream_prefix: &stream.settings.prefix,
+            method: policy.key_method,
+            iv_mode: policy.iv_mode,
+            encrypt_init_sections: policy.encrypt_init_sections,
+            key_uri_base: &shield.settings.key_uri_base,
+            clear_init: (published.clear_init.dek, &published.clear_init.link),
+            key_at: &key_at,
+        },
+    )
+}
+
+fn finish(text: String, keys: Vec<Arc<LiveKey>>, ttl: Duration, max_age: Duration) -> Rewritten {
+    let etag = format!("\"{}\"", hex::encode(&Sha256::digest(text.as_bytes())[..12]));
+    Rewritten { body: text.into(), etag, keys, fetched: Instant::now(), ttl, max_age }
+}
+
+/// The origin's playlist, whole and without its Content-Encoding.
+async fn fetch_body(shield: &Shield, place: &OriginPath<'_>) -> Result<Bytes, Refusal> {
+    let request = OriginRequest {
+        mount: place.mount,
+        path: &place.path,
+        query: place.query.as_deref(),
+        accept_gzip: true,
+    };
+    let limit = shield.settings.max_playlist_bytes;
+    let mut response = shield.upstream.fetch(request).await?.ok()?.framed()?;
+    let gzip = match response.encoding() {
+        None => false,
+        Some(encoding) if encoding.eq_ignore_ascii_case("gzip") => true,
+        Some(encoding) => {
+            let (origin, encoding) = (response.origin().to_owned(), encoding.to_owned());
+            return Err(OriginError::Encoded { origin, encoding }.into());
+        }
+    };
+    let first = response.chunk().await?.unwrap_or_default();
+    // A long media file is told from its first bytes, and no more of it is fetched. A playlist's first
+    // chunk can be shorter than its header, when the origin dribbles: then the rest decides.
+    if !gzip && first.len() >= 16 && !looks_like_a_playlist(&first) {
+        return Err(Refusal::NotLinked);
+    }
+    let rest = response.body(limit.saturating_sub(first.len())).await?;
+    let body = if rest.is_empty() { first } else { Bytes::from([first, rest].concat()) };
+    let body = if gzip { gunzip(&body, limit, response.origin())? } else { body };
+    if looks_like_a_playlist(&body) { Ok(body) } else { Err(Refusal::NotLinked) }
+}
+
+/// # Errors
+/// Damaged gzip, and what would unpack to more than `limit` bytes.
+fn gunzip(body: &[u8], limit: usize, origin: &str) -> Result<Bytes, OriginError> {
+    let mut plain = Vec::new();
+    let read = GzDecoder::new(body).take(limit as u64 + 1).read_to_end(&mut plain);
+    read.map_err(|_| OriginError::BadGzip { origin: origin.to_owned() })?;
+    if plain.len() > limit {
+        return Err(OriginError::TooLong { origin: origin.to_owned(), limit: limit as u64 });
+    }
+    Ok(plain.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use flate2::Compression;
+    use flate2::write::GzEncoder;
+
+    use super::*;
+
+    fn gzip(plain: &[u8]) -> Vec<u8> {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
+        encoder.write_all(plain).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    #[test]
+    fn gzip_is_undone_up_to_the_limit() {
+        assert_eq!(gunzip(&gzip(b"#EXTM3U\n"), 100, "main").unwrap(), "#EXTM3U\n");
+        let bomb = gzip(&vec![b'x'; 10_000_000]);
+        assert!(bomb.len() < 20_000);
+        assert!(matches!(gunzip(&bomb, 1_000_000, "main"), Err(OriginError::TooLong { .. })));
+        assert!(matches!(gunzip(b"not gzip", 100, "main"), Err(OriginError::BadGzip { .. })));
+    }
+
+    #[test]
+    fn caches_keep_a_live_playlist_for_half_its_target_duration() {
+        let mut facts = MediaFacts {
+            media_sequence: MediaSequenceNumber(0),
+            segments: 3,
+            target_duration_secs: 6,
+            duration_secs: 18.0,
+            ended: false,
+            playlist_type: None,
+        };
+        assert_eq!(freshness(&facts), (Duration::from_millis(1500), Duration::from_secs(3)));
+        facts.ended = true;
+        assert_eq!(freshness(&facts), (STEADY_TTL, STEADY_TTL));
+    }
+}

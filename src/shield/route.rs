@@ -1,0 +1,103 @@
+//! What a request asks for, told from its path alone.
+
+use super::reply::Refusal;
+use crate::engine::{Engine, Stream};
+use crate::hls::{LinkedPath, Mounts, OriginPath, normalized_path};
+use std::sync::Arc;
+
+const KEY_PATH: &str = "/api/hls/keys/";
+
+/// Where a request goes.
+#[derive(Debug)]
+pub(super) enum Route<'a> {
+    Key { id: &'a str },
+    Segment { linked: LinkedPath },
+    Playlist { stream: Arc<Stream>, place: OriginPath<'a> },
+    PassThrough { place: OriginPath<'a> },
+}
+
+/// Finds the route of a path.
+///
+/// # Errors
+/// [`Refusal`] for a path that could be read two ways, that belongs to nobody, or with a malformed link.
+pub(super) fn route<'a>(path: &'a str, mounts: &'a Mounts, engine: &Engine) -> Result<Route<'a>, Refusal> {
+    if let Some(id) = path.strip_prefix(KEY_PATH) {
+        return Ok(Route::Key { id });
+    }
+    if let Some(linked) = LinkedPath::parse(path)? {
+        return Ok(Route::Segment { linked });
+    }
+    let place = mounts.locate(path).ok_or(Refusal::NoStream)?;
+    // Compared as the origin would read it: `/live/%63h1/` is `/live/ch1/`.
+    let plain = normalized_path(&place.path).map_err(|error| Refusal::BadPath(error.to_string()))?;
+    if let Some(stream) = engine.stream_at(&place.mount.origin, &plain) {
+        return Ok(Route::Playlist { stream: Arc::clone(stream), place });
+    }
+    if place.mount.pass_through { Ok(Route::PassThrough { place }) } else { Err(Refusal::NoStream) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Clock;
+    use crate::engine::StreamSettings;
+    use crate::hls::{BaseUrl, Mount};
+    use crate::keys::Policy;
+    use crate::telemetry::Metrics;
+
+    fn check(path: &str, expected: &str) {
+        let mount = |origin: &str, at: &str, url: &str, pass_through| {
+            Mount::new(origin.into(), at, vec![BaseUrl::parse(url).unwrap()], pass_through).unwrap()
+        };
+        let mounts = Mounts::new(vec![
+            mount("main", "/", "http://main.example", true),
+            mount("shut", "/shut", "http://shut.example", false),
+        ])
+        .unwrap();
+        let stream = |id: &str, prefix: &str| StreamSettings {
+            id: id.parse().unwrap(),
+            origin: "main".into(),
+            prefix: prefix.into(),
+            policy: Policy::default(),
+        };
+        let streams = vec![stream("one", "/live/ch1/"), stream("sub", "/live/ch1/sub/")];
+        let (engine, _seat) = Engine::new(streams, Clock::System, Metrics::new());
+        let found = match route(path, &mounts, &engine) {
+            Ok(Route::Key { id }) => format!("key {id}"),
+            Ok(Route::Segment { linked }) => format!("segment {}", linked.path),
+            Ok(Route::Playlist { stream, place }) => format!("{} {}", stream.settings.id, place.path),
+            Ok(Route::PassThrough { place }) => format!("through {}", place.path),
+            Err(refusal) => refusal.status().as_u16().to_string(),
+        };
+        assert_eq!(found, expected, "{path}");
+    }
+
+    #[test]
+    fn the_longest_prefix_owns_a_path() {
+        check("/live/ch1/master.m3u8", "one /live/ch1/master.m3u8");
+        check("/live/ch1/sub/a.m3u8", "sub /live/ch1/sub/a.m3u8");
+        check("/live/ch2/master.m3u8", "through /live/ch2/master.m3u8");
+        check("/shut/a.m3u8", "404");
+    }
+
+    #[test]
+    fn no_spelling_of_an_encrypted_path_is_passed_through() {
+        check("/live/%63h1/seg.ts", "one /live/%63h1/seg.ts");
+        check("/live/%63%681/seg.ts", "one /live/%63%681/seg.ts");
+        check("//live/ch1/seg.ts", "400");
+        check("/live//ch1/seg.ts", "400");
+        check("/x/../live/ch1/seg.ts", "400");
+        check("/x/%2e%2e/live/ch1/seg.ts", "400");
+        check("/live%2Fch1/seg.ts", "400");
+        check("/live\\ch1/seg.ts", "400");
+    }
+
+    #[test]
+    fn keys_and_links_are_told_first() {
+        check("/api/hls/keys/abc", "key abc");
+        let id = "ab".repeat(16);
+        check(&format!("/live/ch1/~{id}.7.AAAAAAAAAAAAAAAA/s.ts"), "segment /live/ch1/s.ts");
+        check(&format!("/live/ch1/~{id}.7.bad/s.ts"), "403");
+        check("/live/ch1/~bob/s.ts", "one /live/ch1/~bob/s.ts");
+    }
+}

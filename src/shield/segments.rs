@@ -1,0 +1,290 @@
+//! Segments and init sections behind links.
+//!
+//! A link carries all that is needed but the key: no playlist has to be known. Once its MAC is right, the
+//! bytes are a flow: fetched and encrypted once, read by everyone who asks. An init section that is served
+//! in clear takes the same way without the cipher.
+
+use std::sync::Arc;
+
+use http::header::{
+    ACCEPT_RANGES, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, IF_NONE_MATCH, IF_RANGE,
+    ORIGIN, RANGE, TRANSFER_ENCODING,
+};
+use http::{HeaderName, Method, StatusCode, Version};
+use pingora::http::ResponseHeader;
+use pingora::proxy::Session;
+
+use super::flow::{Flow, FlowError, FlowHead, FlowKey, FlowWriter};
+use super::range::{Wanted, wanted};
+use super::reply::{Refusal, add_cors, tags};
+use super::service::Shield;
+use super::upstream::{OriginError, OriginRequest, Upstream};
+use crate::cipher::{SegmentEncryptor, ciphertext_len};
+use crate::engine::{ClearInitSigner, EngineError, LiveKey};
+use crate::hls::{Link, LinkedPath, Mount};
+use crate::keys::{DekId, Iv, KeyId, LinkKey, Place, Resource, StreamId};
+use crate::telemetry::Metrics;
+
+/// Who signed a link: the key that also encrypts, or the signer of clear init sections.
+enum Signer {
+    Key(Arc<LiveKey>),
+    ClearInit(Arc<ClearInitSigner>),
+}
+
+impl Signer {
+    fn link_key(&self) -> &LinkKey {
+        match self {
+            Signer::Key(key) => &key.secrets.link,
+            Signer::ClearInit(signer) => &signer.link,
+        }
+    }
+
+    fn stream(&self) -> &StreamId {
+        match self {
+            Signer::Key(key) => &key.stream,
+            Signer::ClearInit(signer) => &signer.stream,
+        }
+    }
+
+    fn keys(&self) -> &[KeyId] {
+        match self {
+            Signer::Key(key) => std::slice::from_ref(&key.id),
+            Signer::ClearInit(_) => &[],
+        }
+    }
+}
+
+/// A flow and what its answer says besides its bytes.
+pub(super) struct Opened {
+    flow: Arc<Flow>,
+    etag: String,
+    signer: Signer,
+}
+
+/// Checks a link and opens its flow.
+///
+/// # Errors
+/// [`Refusal`] for a link that this shield did not write for this path, or whose key is gone.
+pub(super) fn open(shield: &Shield, linked: &LinkedPath, query: Option<&str>) -> Result<Opened, Refusal> {
+    let link = &linked.link;
+    if !shield.engine.status().ready {
+        return Err(EngineError::NotReady.into());
+    }
+    let signer = match link.place {
+        Place::ClearInit => {
+            shield.engine.clear_init_signer(DekId::from_bytes(link.signer)).map(Signer::ClearInit)
+        }
+        _ => shield.engine.key(KeyId::from_bytes(link.signer)).map(Signer::Key),
+    };
+    let signer = signer.ok_or(Refusal::LinkKeyGone)?;
+    let place = shield.settings.mounts.locate(&linked.path).ok_or(Refusal::ForgedLink)?;
+    let resource =
+        Resource { signer: &link.signer, origin: &place.mount.origin, path: &place.path, place: link.place };
+    if signer.link_key().link_mac(&resource) != link.mac {
+        return Err(Refusal::ForgedLink);
+    }
+    let origin_query = Link::read_origin_query(query.unwrap_or_default(), &resource, signer.link_key())?;
+
+    // What a link leads to never changes, so the link's own proof is a strong validator.
+    let etag = format!("\"{}\"", hex::encode(link.mac.0));
+    let cipher = match &signer {
+        Signer::Key(key) => {
+            let iv = key.secrets.link.iv(key.policy.iv_mode, &resource);
+            Some((Arc::clone(key), iv))
+        }
+        Signer::ClearInit(_) => None,
+    };
+    let fill = Fill {
+        upstream: shield.upstream.clone(),
+        mount: place.mount.clone(),
+        path: place.path.clone(),
+        query: origin_query,
+        cipher,
+        max_bytes: shield.settings.max_segment_bytes,
+        metrics: shield.metrics.clone(),
+    };
+    let key = FlowKey {
+        signer: link.signer,
+        place: link.place,
+        origin: place.mount.origin.clone(),
+        path: place.path,
+    };
+    let flow = shield.flows.get_or_fill(key, |writer| async move { fill.run(&writer).await })?;
+    Ok(Opened { flow, etag, signer })
+}
+
+/// Fetches one segment and encrypts it into its flow.
+struct Fill {
+    upstream: Upstream,
+    mount: Mount,
+    path: String,
+    query: Option<String>,
+    /// `None` for an init section in clear.
+    cipher: Option<(Arc<LiveKey>, Iv)>,
+    max_bytes: u64,
+    metrics: Metrics,
+}
+
+impl Fill {
+    async fn run(self, writer: &FlowWriter) -> Result<(), FlowError> {
+        let request = OriginRequest {
+            mount: &self.mount,
+            path: &self.path,
+            query: self.query.as_deref(),
+            accept_gzip: false,
+        };
+        let mut response = self.upstream.fetch(request).await?.ok()?.framed()?;
+        let origin = response.origin().to_owned();
+        if let Some(encoding) = response.encoding() {
+            let encoding = encoding.to_owned();
+            return Err(OriginError::Encoded { origin, encoding }.into());
+        }
+        let too_long = || OriginError::TooLong { origin: origin.clone(), limit: self.max_bytes };
+        if response.content_length().is_some_and(|length| length > self.max_bytes) {
+            return Err(too_long().into());
+        }
+        let total = response.content_length().map(|n| match self.cipher {
+            Some(_) => ciphertext_len(n),
+            None => n,
+        });
+        let content_type = response.header_text(CONTENT_TYPE).map(str::to_owned);
+        writer.head(FlowHead { content_type, total });
+
+        let mut encryptor =
+            self.cipher.as_ref().map(|(key, iv)| SegmentEncryptor::new(&key.secrets.content, *iv));
+        let mut taken = 0;
+        while let Some(chunk) = response.chunk().await? {
+            taken += chunk.len() as u64;
+            if taken > self.max_bytes {
+                return Err(too_long().into());
+            }
+            match &mut encryptor {
+                Some(encryptor) => {
+                    self.metrics.plaintext_bytes.inc_by(chunk.len() as u64);
+                    writer.append(encryptor.update(&chunk));
+                }
+                None => writer.append(chunk),
+            }
+        }
+        if let Some(encryptor) = encryptor {
+            writer.append(encryptor.finish());
+        }
+        Ok(())
+    }
+}
+
+/// Answers a request out of an opened flow. Returns the body bytes that were sent.
+///
+/// # Errors
+/// A flow that breaks off after the header was sent: the connection must be aborted, so that nobody takes
+/// the part for the whole. One that fails before is a [`Refusal`].
+pub(super) async fn answer(session: &mut Session, shield: &Shield, opened: &Opened) -> Result<Sent, Refusal> {
+    let request = session.req_header();
+    let text = |name: HeaderName| request.headers.get(name).and_then(|v| v.to_str().ok());
+    let is_head = request.method == Method::HEAD;
+    let range = text(RANGE).filter(|_| !is_head);
+    // RFC 9110 §13.1.5: without a match, If-Range makes the range void.
+    let range = range.filter(|_| text(IF_RANGE).is_none_or(|tag| tag == opened.etag)).map(str::to_owned);
+    let not_modified = text(IF_NONE_MATCH).is_some_and(|tags| {
+        tags.split(',')
+            .map(str::trim)
+            .any(|tag| tag == "*" || tag.strip_prefix("W/").unwrap_or(tag) == opened.etag)
+    });
+    let http11 = request.version == Version::HTTP_11;
+    let origin = request.headers.get(ORIGIN).cloned();
+
+    let head = opened.flow.head().await?;
+    let mut total = head.total;
+    if total.is_none() && range.is_some() {
+        // A range of a body whose length the origin does not say: known when it is whole.
+        total = Some(opened.flow.complete_len().await?);
+    }
+    let part = match total {
+        Some(total) => wanted(range.as_deref(), total),
+        None => Wanted::Whole,
+    };
+    let (status, bytes) = match &part {
+        _ if not_modified => (StatusCode::NOT_MODIFIED, 0..0),
+        Wanted::Whole => (StatusCode::OK, 0..total.unwrap_or(u64::MAX)),
+        Wanted::Part(range) => (StatusCode::PARTIAL_CONTENT, range.clone()),
+        Wanted::Unsatisfiable => (StatusCode::RANGE_NOT_SATISFIABLE, 0..0),
+    };
+    let build = || -> pingora::Result<ResponseHeader> {
+        let mut header = ResponseHeader::build(status, Some(12))?;
+        header.insert_header(ETAG, &opened.etag)?;
+        header.insert_header(ACCEPT_RANGES, "bytes")?;
+        let max_age = shield.settings.segment_max_age.as_secs();
+        header.insert_header(CACHE_CONTROL, format!("public, max-age={max_age}, immutable"))?;
+        for (name, value) in tags(opened.signer.stream(), opened.signer.keys()) {
+            header.insert_header(name, value)?;
+        }
+        add_cors(&mut header, origin.as_ref(), &shield.settings.cors_origins)?;
+        match (status, total) {
+            (StatusCode::NOT_MODIFIED, _) => {}
+            (StatusCode::RANGE_NOT_SATISFIABLE, Some(total)) => {
+                header.insert_header(CONTENT_RANGE, format!("bytes */{total}"))?;
+                header.insert_header(CONTENT_LENGTH, "0")?;
+            }
+            (StatusCode::PARTIAL_CONTENT, Some(total)) => {
+                let (first, last) = (bytes.start, bytes.end - 1);
+                header.insert_header(CONTENT_RANGE, format!("bytes {first}-{last}/{total}"))?;
+                header.insert_header(CONTENT_LENGTH, (bytes.end - bytes.start).to_string())?;
+            }
+            (_, Some(total)) => header.insert_header(CONTENT_LENGTH, total.to_string())?,
+            (_, None) if http11 && !is_head => header.insert_header(TRANSFER_ENCODING, "chunked")?,
+            (_, None) => {}
+        }
+        if let Some(content_type) = &head.content_type {
+            header.insert_header(CONTENT_TYPE, content_type)?;
+        }
+        Ok(header)
+    };
+    // Only header values that cannot be written fail here: the origin's Content-Type came as a header.
+    let header =
+        build().map_err(|error| OriginError::BrokeOff { origin: "header".into(), why: error.to_string() })?;
+    let no_body = is_head || bytes.is_empty();
+    let mut sent = 0;
+    let outcome = async {
+        session.write_response_header(Box::new(header), no_body).await?;
+        if no_body {
+            return Ok(());
+        }
+        let mut reader = opened.flow.read(bytes.clone());
+        loop {
+            match reader.next().await {
+                Ok(Some(chunk)) => {
+                    sent += chunk.len() as u64;
+                    let last = bytes.end != u64::MAX && sent == bytes.end - bytes.start;
+                    session.write_response_body(Some(chunk), last).await?;
+                    if last {
+                        return Ok(());
+                    }
+                }
+                Ok(None) if bytes.end == u64::MAX => {
+                    return session.write_response_body(None, true).await;
+                }
+                // Complete, but shorter than the origin's Content-Length said: never well-formed.
+                Ok(None) => return abort("the segment is shorter than announced"),
+                Err(error) => {
+                    tracing::warn!(%error, "segment broke off, aborting the answer");
+                    return abort("the segment broke off");
+                }
+            }
+        }
+    }
+    .await;
+    Ok(Sent { status, bytes: sent, outcome })
+}
+
+/// What became of an answer whose header was sent.
+pub(super) struct Sent {
+    pub(super) status: StatusCode,
+    pub(super) bytes: u64,
+    /// An error aborts the connection.
+    pub(super) outcome: pingora::Result<()>,
+}
+
+fn abort(why: &'static str) -> pingora::Result<()> {
+    pingora::Error::e_explain(pingora::ErrorType::ConnectionClosed, why)
+        .map_err(|e: pingora::BError| e.into_up())
+}
