@@ -23,6 +23,18 @@ pub enum IvMode {
     Sequence,
 }
 
+impl IvMode {
+    /// By its name in the configuration.
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "segment" => Some(IvMode::Segment),
+            "period" => Some(IvMode::Period),
+            "sequence" => Some(IvMode::Sequence),
+            _ => None,
+        }
+    }
+}
+
 /// An AES-CBC initialisation vector. Public: the playlist shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Iv(pub [u8; 16]);

@@ -1,0 +1,168 @@
+//! `keyshield rewrite`: a playlist as the shield would serve it, under throw-away keys.
+
+use std::collections::BTreeMap;
+
+use anyhow::Context;
+use sha2::{Digest, Sha256};
+
+use crate::entropy;
+use crate::hls::{
+    BaseUrl, Kind, MediaRewrite, Mount, Mounts, OriginPath, PeriodKey, Playlist, rewrite_media,
+    rewrite_multivariant,
+};
+use crate::keys::{
+    DekId, KeyId, LinkKey, Marks, MediaSequenceNumber, Ordinal, PlaylistWindow, Policy, Schedule, plan,
+};
+
+/// How a playlist is to be rewritten.
+#[derive(Debug, Clone)]
+pub struct RewriteOptions {
+    /// Where the playlist would lie.
+    pub url: String,
+    /// Other origins that its URIs may name.
+    pub allowed: Vec<String>,
+    /// Fixed sample keys instead of random ones: the same input gives the same output.
+    pub seed: Option<u64>,
+    pub policy: Policy,
+}
+
+/// Rewrites a playlist.
+///
+/// # Errors
+/// What the shield would refuse too, with its line.
+pub fn rewrite(input: &[u8], options: &RewriteOptions) -> anyhow::Result<String> {
+    let mounts = mounts(&options.url, &options.allowed)?;
+    let from = mounts.place_of(&options.url)?;
+    let playlist = Playlist::parse(input)?;
+    match playlist.kind() {
+        Kind::Multivariant => Ok(rewrite_multivariant(&playlist, &mounts, &from)?),
+        Kind::Media => media(&playlist, &mounts, &from, options),
+    }
+}
+
+/// The URL's own site at the root, and the others beside it.
+fn mounts(url: &str, allowed: &[String]) -> anyhow::Result<Mounts> {
+    let site = |url: &str| -> anyhow::Result<BaseUrl> {
+        let parsed = url::Url::parse(url).with_context(|| format!("{url:?} is not an absolute URL"))?;
+        Ok(BaseUrl::parse(&parsed.origin().ascii_serialization())?)
+    };
+    let mut mounts = vec![Mount::new("sample".into(), "/", vec![site(url)?], false)?];
+    for (number, url) in (1..).zip(allowed) {
+        let name = format!("origin-{number}");
+        let path = format!("/{name}");
+        mounts.push(Mount::new(name, &path, vec![site(url)?], false)?);
+    }
+    Ok(Mounts::new(mounts)?)
+}
+
+fn media(
+    playlist: &Playlist<'_>,
+    mounts: &Mounts,
+    from: &OriginPath<'_>,
+    options: &RewriteOptions,
+) -> anyhow::Result<String> {
+    let facts = playlist.media_facts()?;
+    let window = PlaylistWindow {
+        first: facts.media_sequence,
+        end: facts.media_sequence.plus(facts.segments as u64),
+        ended: facts.ended,
+    };
+    let marks = Marks { head: Ordinal::FIRST, forced: Ordinal::FIRST };
+    let planned = plan(&Schedule::default(), None, &window, &options.policy, marks, &[]);
+    let schedule = Schedule::from_rows(planned.into_iter().map(|(boundary, _)| boundary).collect());
+    let keys = SampleKeys::new(options.seed);
+    let by_ordinal: BTreeMap<_, _> =
+        schedule.boundaries().iter().map(|b| (b.ordinal, keys.key(b.ordinal))).collect();
+    let key_at = |msn: MediaSequenceNumber| {
+        let (id, link) = by_ordinal.get(&schedule.ordinal_at(msn)?)?;
+        Some(PeriodKey { id: *id, link })
+    };
+    let (dek, clear_link) = keys.clear_init();
+    let stream_prefix = &from.path[..=from.path.rfind('/').unwrap_or(0)];
+    let rewritten = rewrite_media(
+        playlist,
+        &MediaRewrite {
+            mounts,
+            from,
+            stream_prefix,
+            method: options.policy.key_method,
+            iv_mode: options.policy.iv_mode,
+            encrypt_init_sections: options.policy.encrypt_init_sections,
+            key_uri_base: "/api/hls/keys/",
+            clear_init: (dek, &clear_link),
+            key_at: &key_at,
+        },
+    );
+    Ok(rewritten?)
+}
+
+/// Keys that encrypt nothing: names and link keys out of a seed.
+struct SampleKeys([u8; 32]);
+
+impl SampleKeys {
+    fn new(seed: Option<u64>) -> Self {
+        match seed {
+            Some(seed) => Self(Sha256::digest(seed.to_be_bytes()).into()),
+            None => Self(*entropy::random()),
+        }
+    }
+
+    fn derive<const N: usize>(&self, label: &str, number: u32) -> [u8; N] {
+        let mut hash = Sha256::new();
+        hash.update(self.0);
+        hash.update(label);
+        hash.update(number.to_be_bytes());
+        let hash = hash.finalize();
+        std::array::from_fn(|i| hash[i])
+    }
+
+    fn key(&self, ordinal: Ordinal) -> (KeyId, LinkKey) {
+        let id = KeyId::from_bytes(self.derive("key ID", ordinal.0));
+        (id, LinkKey::from_bytes(self.derive("link key", ordinal.0)))
+    }
+
+    fn clear_init(&self) -> (DekId, LinkKey) {
+        let id = DekId::from_bytes(self.derive("DEK ID", 0));
+        (id, LinkKey::from_bytes(self.derive("clear init", 0)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(seed: Option<u64>) -> RewriteOptions {
+        RewriteOptions {
+            url: "https://origin.example/live/720p.m3u8".into(),
+            allowed: vec!["https://ads.example".into()],
+            seed,
+            policy: Policy { segments_per_key: 2, ..Policy::default() },
+        }
+    }
+
+    const INPUT: &[u8] = b"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\na.ts\n#EXTINF:4,\nb.ts\n\
+                           #EXTINF:4,\nhttps://ads.example/c.ts\n#EXT-X-ENDLIST\n";
+
+    #[test]
+    fn a_seed_gives_the_same_output_again_and_none_does_not() {
+        let seeded = rewrite(INPUT, &options(Some(1))).unwrap();
+        assert_eq!(rewrite(INPUT, &options(Some(1))).unwrap(), seeded);
+        assert_ne!(rewrite(INPUT, &options(Some(2))).unwrap(), seeded);
+        assert_ne!(rewrite(INPUT, &options(None)).unwrap(), rewrite(INPUT, &options(None)).unwrap());
+    }
+
+    #[test]
+    fn keys_change_as_the_policy_says_and_other_origins_are_mounted() {
+        let output = rewrite(INPUT, &options(Some(1))).unwrap();
+        let keys: std::collections::BTreeSet<_> =
+            output.lines().filter_map(|line| line.split("keys/").nth(1)?.split('"').next()).collect();
+        assert_eq!(keys.len(), 2, "{output}");
+        assert!(output.contains("/origin-1/~"), "{output}");
+    }
+
+    #[test]
+    fn a_refusal_names_the_line() {
+        let error = rewrite(b"#EXTM3U\n#EXTINF:4,\nhttps://evil.example/a.ts\n", &options(None)).unwrap_err();
+        assert!(format!("{error:#}").contains("line 3"), "{error:#}");
+    }
+}

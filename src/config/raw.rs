@@ -1,0 +1,253 @@
+//! What the configuration file says, before it is checked. Unknown keys are errors.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::keys::Policy;
+
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawConfig {
+    pub shield: RawShield,
+    pub control: RawControl,
+    pub log: RawLog,
+    pub store: RawStore,
+    pub kms: RawKms,
+    pub keys: RawKeys,
+    pub playlists: RawPlaylists,
+    pub segments: RawSegments,
+    pub upstream: RawUpstream,
+    pub policy: RawPolicy,
+    pub origins: Vec<RawOrigin>,
+    pub streams: Vec<RawStream>,
+}
+
+impl Default for RawConfig {
+    fn default() -> Self {
+        Self {
+            shield: RawShield::default(),
+            control: RawControl::default(),
+            log: RawLog::default(),
+            store: RawStore::default(),
+            kms: RawKms::default(),
+            keys: RawKeys::default(),
+            playlists: RawPlaylists::default(),
+            segments: RawSegments::default(),
+            upstream: RawUpstream::default(),
+            policy: RawPolicy::guide(),
+            origins: Vec::new(),
+            streams: Vec::new(),
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawShield {
+    pub listen: String,
+    pub threads: usize,
+    pub cors_origins: Vec<String>,
+    pub shutdown_grace_secs: u64,
+}
+
+impl Default for RawShield {
+    fn default() -> Self {
+        Self {
+            listen: "0.0.0.0:8080".into(),
+            threads: 0,
+            cors_origins: vec!["*".into()],
+            shutdown_grace_secs: 5,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawControl {
+    pub listen: String,
+}
+
+impl Default for RawControl {
+    fn default() -> Self {
+        Self { listen: "127.0.0.1:8081".into() }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawLog {
+    pub format: String,
+    pub filter: String,
+}
+
+impl Default for RawLog {
+    fn default() -> Self {
+        Self {
+            format: "human".into(),
+            filter: "info,pingora=warn,pingora_core=warn,pingora_proxy=warn".into(),
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawStore {
+    pub database: PathBuf,
+}
+
+impl Default for RawStore {
+    fn default() -> Self {
+        Self { database: "keyshield.db".into() }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawKms {
+    pub master_key_file: PathBuf,
+}
+
+impl Default for RawKms {
+    fn default() -> Self {
+        Self { master_key_file: "keyshield.master".into() }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawKeys {
+    pub uri_base: String,
+    pub max_age_secs: u64,
+    pub sweep_interval_millis: u64,
+}
+
+impl Default for RawKeys {
+    fn default() -> Self {
+        Self { uri_base: "/api/hls/keys/".into(), max_age_secs: 300, sweep_interval_millis: 1_000 }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawPlaylists {
+    pub max_bytes: usize,
+    pub max_kept: u64,
+    pub stale_if_error_secs: u64,
+}
+
+impl Default for RawPlaylists {
+    fn default() -> Self {
+        Self { max_bytes: 8 << 20, max_kept: 10_000, stale_if_error_secs: 60 }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawSegments {
+    pub max_bytes: u64,
+    pub cache_bytes: u64,
+    pub max_filling: usize,
+    pub max_age_secs: u64,
+}
+
+impl Default for RawSegments {
+    fn default() -> Self {
+        Self { max_bytes: 256 << 20, cache_bytes: 1 << 30, max_filling: 512, max_age_secs: 7 * 86_400 }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawUpstream {
+    pub connect_timeout_secs: u64,
+    pub read_timeout_secs: u64,
+    pub idle_timeout_secs: u64,
+    pub pool_size: usize,
+    pub ca_file: String,
+}
+
+impl Default for RawUpstream {
+    fn default() -> Self {
+        Self {
+            connect_timeout_secs: 3,
+            read_timeout_secs: 10,
+            idle_timeout_secs: 60,
+            pool_size: 256,
+            ca_file: String::new(),
+        }
+    }
+}
+
+/// A stream's rules, as far as they are given.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawPolicy {
+    pub key_method: Option<String>,
+    pub rotation_interval_minutes: Option<f64>,
+    pub segments_per_key: Option<u32>,
+    pub pre_generate_keys: Option<u32>,
+    pub grace_period_secs: Option<u64>,
+    pub lead_segments: Option<u32>,
+    pub cdn_ttl_secs: Option<u64>,
+    pub iv_mode: Option<String>,
+    pub encrypt_init_sections: Option<bool>,
+}
+
+impl RawPolicy {
+    /// The guide's defaults, every field given.
+    pub fn guide() -> Self {
+        let policy = Policy::default();
+        let minutes = policy.rotation_interval.unwrap_or_default().as_secs_f64() / 60.0;
+        Self {
+            key_method: Some(policy.key_method.name().into()),
+            rotation_interval_minutes: Some(minutes),
+            segments_per_key: Some(policy.segments_per_key),
+            pre_generate_keys: Some(policy.pre_generate_keys),
+            grace_period_secs: Some(policy.grace_period.as_secs()),
+            lead_segments: Some(policy.lead_segments),
+            cdn_ttl_secs: Some(policy.cdn_ttl.as_secs()),
+            iv_mode: Some("segment".into()),
+            encrypt_init_sections: Some(policy.encrypt_init_sections),
+        }
+    }
+
+    /// This policy where it says something, and `defaults` where it does not.
+    pub fn over(&self, defaults: &Self) -> Self {
+        Self {
+            key_method: self.key_method.clone().or_else(|| defaults.key_method.clone()),
+            rotation_interval_minutes: self.rotation_interval_minutes.or(defaults.rotation_interval_minutes),
+            segments_per_key: self.segments_per_key.or(defaults.segments_per_key),
+            pre_generate_keys: self.pre_generate_keys.or(defaults.pre_generate_keys),
+            grace_period_secs: self.grace_period_secs.or(defaults.grace_period_secs),
+            lead_segments: self.lead_segments.or(defaults.lead_segments),
+            cdn_ttl_secs: self.cdn_ttl_secs.or(defaults.cdn_ttl_secs),
+            iv_mode: self.iv_mode.clone().or_else(|| defaults.iv_mode.clone()),
+            encrypt_init_sections: self.encrypt_init_sections.or(defaults.encrypt_init_sections),
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawOrigin {
+    pub name: String,
+    pub mount: String,
+    pub urls: Vec<String>,
+    pub pass_through: bool,
+}
+
+impl Default for RawOrigin {
+    fn default() -> Self {
+        Self { name: String::new(), mount: "/".into(), urls: Vec::new(), pass_through: false }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawStream {
+    pub id: String,
+    pub playlist_url: String,
+    pub path_prefix: Option<String>,
+    pub policy: RawPolicy,
+}
