@@ -86,7 +86,7 @@ struct DemoArgs {
     #[arg(long, value_name = "FORMAT", default_value = "human")]
     log_format: LogFormat,
     /// Which log lines are shown: a level or target=level,…
-    #[arg(long, value_name = "FILTER", default_value = "warn")]
+    #[arg(long, value_name = "FILTER", default_value = "warn,pingora_core::connectors=off")]
     log: String,
 }
 

@@ -85,7 +85,7 @@ impl Default for RawLog {
     fn default() -> Self {
         Self {
             format: "human".into(),
-            filter: "info,pingora=warn,pingora_core=warn,pingora_proxy=warn".into(),
+            filter: "info,pingora_core=warn,pingora_core::connectors=off,pingora_proxy=warn".into(),
         }
     }
 }

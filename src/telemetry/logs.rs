@@ -1,6 +1,6 @@
 //! Logs: for people or as JSON lines, always on standard error.
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::str::FromStr;
 
 use tracing_subscriber::EnvFilter;
@@ -32,7 +32,10 @@ impl FromStr for LogFormat {
 /// A filter that does not parse, or logging that was started before.
 pub fn init(format: LogFormat, filter: &str) -> Result<(), InitError> {
     let filter = EnvFilter::try_new(filter)?;
-    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    let logs = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal());
     match format {
         LogFormat::Human => logs.finish().try_init()?,
         LogFormat::Json => logs.json().flatten_event(true).finish().try_init()?,
