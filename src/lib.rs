@@ -10,6 +10,8 @@
 //! `clock` and `entropy` are the two files that ask the outside for time and random bytes; `telemetry` is at
 //! everyone's service above the pure rooms, and `config` is read by `app` alone.
 
+#![warn(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
+
 pub mod app;
 pub mod cipher;
 pub mod clock;

@@ -85,12 +85,14 @@ pub struct Upstream {
     inner: Arc<Inner>,
 }
 
+type HostPort = (String, u16);
+
 struct Inner {
     connector: Connector,
     timeouts: Timeouts,
     metrics: Metrics,
     /// At most one entry for each address of an origin.
-    addresses: Mutex<HashMap<(String, u16), (Instant, Vec<SocketAddr>)>>,
+    addresses: Mutex<HashMap<HostPort, (Instant, Vec<SocketAddr>)>>,
 }
 
 /// What is asked of an origin.

@@ -22,6 +22,12 @@ pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
+/// Lets real time pass, where real time is what is tested or another process is waited for.
+#[expect(clippy::disallowed_methods, reason = "the one place, see above")]
+pub fn pause(time: Duration) {
+    std::thread::sleep(time);
+}
+
 /// Waits until `done` gives something, and says what did not happen otherwise.
 pub fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     let started = Instant::now();
@@ -30,7 +36,7 @@ pub fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
             return value;
         }
         assert!(started.elapsed() < SOON, "{what} did not happen within {SOON:?}");
-        std::thread::sleep(Duration::from_millis(20));
+        pause(Duration::from_millis(20));
     }
 }
 
@@ -171,7 +177,7 @@ impl Running {
                 "keyshield is not ready ({ended:?}): {}",
                 self.logged()
             );
-            std::thread::sleep(Duration::from_millis(20));
+            pause(Duration::from_millis(20));
         }
     }
 

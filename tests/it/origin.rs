@@ -6,10 +6,12 @@
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
 use std::thread;
+
+use parking_lot::Mutex;
 
 /// What an origin does with one request.
 #[derive(Clone, Default)]
@@ -68,7 +70,7 @@ impl Gate {
     /// Waits until it is open.
     pub fn pass(&self) {
         // A test that failed drops its end: the thread goes on to its own end.
-        let _ = self.opened.lock().unwrap().recv();
+        let _ = self.opened.lock().recv();
     }
 }
 
@@ -116,7 +118,7 @@ impl Origin {
 
     /// Every request target so far.
     pub fn targets(&self) -> Vec<String> {
-        self.seen.lock().unwrap().iter().map(|seen| seen.target.clone()).collect()
+        self.seen.lock().iter().map(|seen| seen.target.clone()).collect()
     }
 
     pub fn count(&self, target: &str) -> usize {
@@ -124,7 +126,7 @@ impl Origin {
     }
 
     pub fn last(&self, target: &str) -> Seen {
-        let seen = self.seen.lock().unwrap();
+        let seen = self.seen.lock();
         seen.iter().rev().find(|seen| seen.target == target).expect("it was asked for").clone()
     }
 }
@@ -158,7 +160,7 @@ fn converse(
             headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
         }
         let request = Seen { target, headers };
-        seen.lock().unwrap().push(request.clone());
+        seen.lock().push(request.clone());
         let answer = answer(&request);
         respond(stream, &answer)?;
         if answer.framing == Framing::Close || answer.cut_after.is_some() {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use crate::harness::{Running, fetch_segments, free_port, get, wait_for};
+use crate::harness::{Running, fetch_segments, free_port, get, pause, wait_for};
 use crate::origin::{Answer, Origin};
 
 const PLAYLIST: &str = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXT-X-MEDIA-SEQUENCE:10\n#EXTINF:1,\nseg_10.ts\n";
@@ -114,7 +114,7 @@ fn a_connection_that_died_in_the_pool_costs_one_retry_and_no_error() {
         let got = shield.get("/live/index.m3u8");
         assert_eq!(got.status, 200, "{}", String::from_utf8_lossy(&got.body));
         // Beyond the playlist's freshness, so that the next one is fetched.
-        std::thread::sleep(Duration::from_millis(300));
+        pause(Duration::from_millis(300));
     }
     assert!(served.load(Ordering::SeqCst));
     assert!(shield.metric("keyshield_origin_retries_total") >= 1.0, "no connection was reused and dead");

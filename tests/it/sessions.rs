@@ -10,7 +10,7 @@ use keyshield::keys::{Context, open};
 use keyshield::kms::LocalKms;
 use keyshield::store::Store;
 
-use crate::harness::{Keys, Running, Segment, fetch_segments, free_port, get, openssl_decrypt};
+use crate::harness::{Keys, Running, Segment, fetch_segments, free_port, get, openssl_decrypt, pause};
 
 const RENDITIONS: [&str; 3] = ["360p", "180p", "audio"];
 
@@ -32,7 +32,7 @@ impl Session {
                     self.check_bytes(demo, rendition, &segment);
                 }
             }
-            std::thread::sleep(Duration::from_millis(500));
+            pause(Duration::from_millis(500));
         }
     }
 
