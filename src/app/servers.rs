@@ -116,7 +116,7 @@ fn data_plane(config: &Config, engine: &Engine, metrics: Metrics) -> Shield {
         segment_max_age: config.segment_max_age,
         cors_origins: config.cors_origins.clone(),
         max_playlist_bytes: config.max_playlist_bytes,
-        max_playlists: config.max_playlists,
+        playlist_cache_bytes: config.playlist_cache_bytes,
         stale_if_error: config.stale_if_error,
         max_segment_bytes: config.max_segment_bytes,
         flow_cache_bytes: config.segment_cache_bytes,

@@ -132,13 +132,13 @@ impl Default for RawKeys {
 #[serde(default, deny_unknown_fields)]
 pub struct RawPlaylists {
     pub max_bytes: usize,
-    pub max_kept: u64,
+    pub cache_bytes: u64,
     pub stale_if_error_secs: u64,
 }
 
 impl Default for RawPlaylists {
     fn default() -> Self {
-        Self { max_bytes: 8 << 20, max_kept: 10_000, stale_if_error_secs: 60 }
+        Self { max_bytes: 8 << 20, cache_bytes: 256 << 20, stale_if_error_secs: 60 }
     }
 }
 

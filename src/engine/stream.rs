@@ -16,6 +16,13 @@ use crate::keys::{
     StreamId, Timestamp, plan,
 };
 
+/// How many neighbours to each side are asked for a schedule to share.
+const MAX_SIBLINGS: usize = 16;
+
+/// More renditions than this in one stream are not taken in: an origin that answers every path with a playlist
+/// must not fill the store.
+pub(super) const MAX_RENDITIONS: usize = 100_000;
+
 /// A stream as its operator describes it.
 #[derive(Debug, Clone)]
 pub struct StreamSettings {
@@ -141,17 +148,22 @@ impl Known {
         let empty = Schedule::default();
         let own = self.renditions.get(rendition);
         let schedule = own.map_or(&empty, |own| &own.schedule);
-        let siblings: Vec<_> = self
-            .renditions
-            .iter()
-            .filter(|(name, _)| name.as_str() != rendition)
-            .map(|(_, sibling)| &*sibling.schedule)
-            .collect();
+        let siblings = self.siblings(rendition);
         let edge = own.map(|own| own.edge);
         let planned = plan(schedule, edge, window, policy, self.marks()?, &siblings);
         let pending = own.and_then(|own| own.pending).into_iter();
         let must_wait = planned.iter().map(|(b, _)| b.first).chain(pending).any(|b| b < window.end);
         Some(Call { planned, have: schedule.boundaries().len(), must_wait })
+    }
+
+    /// The schedules of the renditions whose paths are next to this one's: those of the same presentation,
+    /// where a stream holds many.
+    fn siblings(&self, rendition: &str) -> Vec<&Schedule> {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let before = self.renditions.range::<str, _>((Unbounded, Excluded(rendition)));
+        let after = self.renditions.range::<str, _>((Excluded(rendition), Unbounded));
+        let nearest = before.rev().take(MAX_SIBLINGS).chain(after.take(MAX_SIBLINGS));
+        nearest.map(|(_, sibling)| &*sibling.schedule).collect()
     }
 
     pub(super) fn marks(&self) -> Option<Marks> {

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-use super::stream::{Call, ClearInitSigner, KeyLife, Known, LiveKey, Rendition, Rotation, Stream};
+use super::stream::{
+    Call, ClearInitSigner, KeyLife, Known, LiveKey, MAX_RENDITIONS, Rendition, Rotation, Stream,
+};
 use super::{ATTEMPTS, EngineError, EngineStatus, Extend, Shared, WorkerSeat};
 use crate::entropy;
 use crate::keys::{
@@ -37,6 +39,8 @@ pub enum WorkerError {
     Secret { stream: String, key: KeyId, source: SecretError },
     #[error("stream {stream}: a data encryption key that its keys need is not stored")]
     NoDek { stream: String },
+    #[error("stream {stream} has {MAX_RENDITIONS} renditions already: is every path of it a playlist?")]
+    TooManyRenditions { stream: String },
     #[error("stream {stream}: other nodes keep changing the schedule of {rendition}")]
     Contended { stream: String, rendition: String },
 }
@@ -207,6 +211,9 @@ impl Core {
         for _ in 0..ATTEMPTS {
             let Some(Call { planned, have, .. }) = stream.propose(rendition, window) else { return Ok(()) };
             let Some(&(highest, reason)) = planned.last() else { return Ok(()) };
+            if have == 0 && stream.known.read().renditions.len() >= MAX_RENDITIONS {
+                return Err(WorkerError::TooManyRenditions { stream: id.to_string() });
+            }
             self.make_keys_up_to(stream, highest.ordinal).await?;
             let row = |boundary| BoundaryRow {
                 rendition: rendition.to_owned(),

@@ -11,6 +11,8 @@ mod media;
 mod mounts;
 mod multivariant;
 mod playlist;
+#[cfg(test)]
+mod properties;
 
 pub use error::{PlaylistError, Problem};
 pub use link::{Link, LinkError, LinkedPath, ORIGIN_QUERY_PARAM};

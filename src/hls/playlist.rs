@@ -135,7 +135,9 @@ impl<'a> Playlist<'a> {
             };
             let number = || decimal(&tag).map_err(|problem| problem.at(at + 1));
             match tag.name() {
-                "-X-MEDIA-SEQUENCE" => facts.media_sequence = MediaSequenceNumber(number()?),
+                "-X-MEDIA-SEQUENCE" => {
+                    facts.media_sequence = media_sequence(&tag).map_err(|problem| problem.at(at + 1))?;
+                }
                 "-X-TARGETDURATION" => facts.target_duration_secs = number()?,
                 "-X-ENDLIST" => facts.ended = true,
                 "-X-PLAYLIST-TYPE" => {
@@ -238,6 +240,17 @@ fn kind_of(lines: &[Line<'_>]) -> Result<Kind, PlaylistError> {
     Ok(kind.unwrap_or(Kind::Media))
 }
 
+/// Numbers up to 2^62 leave room for whatever is added to them; a packager at 1,000 segments a second gets
+/// there in 146 million years.
+fn media_sequence(tag: &UnknownTag<'_>) -> Result<MediaSequenceNumber, Problem> {
+    let number = decimal(tag)?;
+    if number > 1 << 62 {
+        let why = format!("{number} is beyond 2^62");
+        return Err(Problem::BadTag { tag: format!("EXT{}", tag.name()), why });
+    }
+    Ok(MediaSequenceNumber(number))
+}
+
 pub(super) fn value_text<'a>(tag: &UnknownTag<'a>) -> &'a str {
     // The whole playlist was checked to be UTF-8.
     tag.value().and_then(|value| std::str::from_utf8(value.0).ok()).unwrap_or("").trim()
@@ -316,9 +329,10 @@ mod tests {
 
     #[test]
     fn a_media_sequence_that_is_no_number_names_its_line() {
-        let text = "#EXTM3U\n#EXT-X-MEDIA-SEQUENCE:-1\n";
-        let (line, problem) = problem(text);
-        assert_eq!(line, 2);
-        assert!(problem.to_string().contains("EXT-X-MEDIA-SEQUENCE"), "{problem}");
+        for number in ["-1", "x", "18446744073709551615", "99999999999999999999"] {
+            let (line, problem) = problem(&format!("#EXTM3U\n#EXT-X-MEDIA-SEQUENCE:{number}\n"));
+            assert_eq!(line, 2);
+            assert!(problem.to_string().contains("EXT-X-MEDIA-SEQUENCE"), "{problem}");
+        }
     }
 }

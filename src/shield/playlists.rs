@@ -6,6 +6,7 @@
 
 use std::io::Read;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -46,14 +47,27 @@ struct Rewritten {
     max_age: Duration,
 }
 
-/// The last results for one path and query. Whoever holds the lock fetches; the others wait for it.
+/// The last results for one path and query.
 #[derive(Default)]
-struct Slot {
+struct Results {
     good: Option<Arc<Rewritten>>,
     failed: Option<(Instant, Refusal)>,
 }
 
-type Slots = Cache<(String, String, String), Arc<Mutex<Slot>>>;
+/// Whoever holds the lock fetches; the others wait for it.
+#[derive(Default)]
+struct Slot {
+    results: Mutex<Results>,
+    /// Of the last good playlist: what the slot weighs, besides a little for itself.
+    bytes: AtomicU32,
+}
+
+/// Origin, path and query.
+type SlotKey = (String, String, String);
+type Slots = Cache<SlotKey, Arc<Slot>>;
+
+/// What a slot costs besides its playlist, about.
+const SLOT_OVERHEAD: u32 = 1_024;
 
 /// The playlists that were served of late.
 pub(super) struct Playlists {
@@ -61,9 +75,14 @@ pub(super) struct Playlists {
 }
 
 impl Playlists {
-    pub(super) fn new(max_playlists: u64, stale_if_error: Duration) -> Self {
+    pub(super) fn new(cache_bytes: u64, stale_if_error: Duration) -> Self {
+        let weigh = |(origin, path, query): &SlotKey, slot: &Arc<Slot>| {
+            let key = u32::try_from(origin.len() + path.len() + query.len()).unwrap_or(u32::MAX);
+            slot.bytes.load(Ordering::Relaxed).saturating_add(key).saturating_add(SLOT_OVERHEAD)
+        };
         let slots = Cache::builder()
-            .max_capacity(max_playlists)
+            .max_capacity(cache_bytes)
+            .weigher(weigh)
             .time_to_idle(stale_if_error.max(STEADY_TTL) * 2)
             .build();
         Self { slots }
@@ -81,8 +100,13 @@ pub(super) async fn serve(
 ) -> Result<Reply, Refusal> {
     let query = place.query.clone().unwrap_or_default();
     let key = (place.mount.origin.clone(), place.path.clone(), query);
-    let slot = shield.playlists.slots.get_with(key, Arc::default);
-    let rewritten = fresh(shield, stream, place, &mut *slot.lock().await).await?;
+    let slot = shield.playlists.slots.get_with(key.clone(), Arc::default);
+    let rewritten = fresh(shield, stream, place, &mut *slot.results.lock().await).await?;
+    let bytes = u32::try_from(rewritten.body.len()).unwrap_or(u32::MAX);
+    if slot.bytes.swap(bytes, Ordering::Relaxed) != bytes {
+        // Weighed anew.
+        shield.playlists.slots.insert(key, slot);
+    }
 
     let now = shield.clock.now();
     let mut named: Vec<KeyId> = Vec::with_capacity(rewritten.keys.len());
@@ -103,7 +127,7 @@ async fn fresh(
     shield: &Shield,
     stream: &Arc<Stream>,
     place: &OriginPath<'_>,
-    slot: &mut Slot,
+    slot: &mut Results,
 ) -> Result<Arc<Rewritten>, Refusal> {
     let stale = |good: &Arc<Rewritten>| {
         let usable = good.fetched.elapsed() < shield.settings.stale_if_error;
@@ -117,7 +141,7 @@ async fn fresh(
         _ => match fetch(shield, stream, place).await {
             Ok(rewritten) => {
                 let rewritten = Arc::new(rewritten);
-                *slot = Slot { good: Some(Arc::clone(&rewritten)), failed: None };
+                *slot = Results { good: Some(Arc::clone(&rewritten)), failed: None };
                 return Ok(rewritten);
             }
             Err(refusal) => {

@@ -144,8 +144,13 @@ impl From<&Refusal> for Reply {
     }
 }
 
+/// More keys than this are not named in tags: headers have their limits (16 KiB at the CDNs, less elsewhere).
+/// A playlist of so many keys is purged by its stream's tag.
+const MAX_KEY_TAGS: usize = 50;
+
 /// The tag headers of an answer that belongs to a stream and to keys.
 pub(super) fn tags(stream: &StreamId, keys: &[KeyId]) -> [(HeaderName, String); 2] {
+    let keys = if keys.len() > MAX_KEY_TAGS { &[] } else { keys };
     let tags: Vec<_> = std::iter::once(format!("keyshield-stream-{stream}"))
         .chain(keys.iter().map(|key| format!("keyshield-key-{key}")))
         .collect();
@@ -222,6 +227,17 @@ mod tests {
         assert_eq!(body["title"], "Forbidden");
         assert!(body["detail"].as_str().unwrap().contains("playlists"));
         assert!(reply.headers.contains(&(CACHE_CONTROL, "no-store".into())));
+    }
+
+    #[test]
+    fn tags_stay_within_what_headers_can_hold() {
+        let stream = "x".repeat(128).parse().unwrap();
+        let keys: Vec<_> = (0..MAX_KEY_TAGS as u8).map(|n| KeyId::from_bytes([n; 16])).collect();
+        let [(_, surrogate), (_, cache)] = tags(&stream, &keys);
+        assert_eq!(surrogate.split(' ').count(), MAX_KEY_TAGS + 1);
+        assert!(surrogate.len() < 4_096 && cache.len() == surrogate.len());
+        let too_many = [&keys[..], &keys[..]].concat();
+        assert_eq!(tags(&stream, &too_many)[0].1.split(' ').count(), 1);
     }
 
     #[test]

@@ -46,7 +46,7 @@ impl Shield {
         metrics: Metrics,
     ) -> Self {
         let flows = Flows::new(settings.flow_cache_bytes, settings.max_filling_flows, metrics.clone());
-        let playlists = Playlists::new(settings.max_playlists, settings.stale_if_error);
+        let playlists = Playlists::new(settings.playlist_cache_bytes, settings.stale_if_error);
         Self { engine, upstream, settings, flows, playlists, metrics, clock }
     }
 }

@@ -15,8 +15,8 @@ pub struct ShieldSettings {
     /// `*`, or the web origins that may read answers.
     pub cors_origins: Vec<String>,
     pub max_playlist_bytes: usize,
-    /// Playlists kept for `stale_if_error`, by their number.
-    pub max_playlists: u64,
+    /// Memory for rewritten playlists.
+    pub playlist_cache_bytes: u64,
     pub stale_if_error: Duration,
     pub max_segment_bytes: u64,
     pub flow_cache_bytes: u64,
