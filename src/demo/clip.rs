@@ -11,7 +11,8 @@
 use axum::body::Bytes;
 
 use super::restamp::{Stamp, restamp};
-use super::timeline::{LOOP_SEGMENTS, MediaSequenceNumber, Timing};
+use super::timeline::{LOOP_SEGMENTS, Timing};
+use crate::keys::MediaSequenceNumber;
 
 /// Embeds `init.mp4` and the twelve segments of one rendition.
 macro_rules! embed {

@@ -12,7 +12,8 @@ use axum::body::Bytes;
 
 use super::clip::Rendition;
 use super::playlists::{Form, media, multivariant};
-use super::timeline::{MediaSequenceNumber, UnixMillis};
+use super::timeline::UnixMillis;
+use crate::keys::MediaSequenceNumber;
 
 const PLAYLIST_TYPE: &str = "application/vnd.apple.mpegurl";
 

@@ -13,7 +13,8 @@ use std::fmt::Write;
 use std::ops::Range;
 
 use super::clip::{AUDIO, Rendition, VARIANTS};
-use super::timeline::{LOOP_SEGMENTS, MediaSequenceNumber, UnixMillis, live_segments, live_window, rfc3339};
+use super::timeline::{LOOP_SEGMENTS, UnixMillis, live_segments, live_window, rfc3339};
+use crate::keys::MediaSequenceNumber;
 
 /// The lowest version that knows EXT-X-MAP in a playlist of whole segments (RFC 8216, 7).
 const VERSION: u32 = 6;

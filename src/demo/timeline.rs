@@ -15,6 +15,8 @@
 
 use std::ops::Range;
 
+use crate::keys::MediaSequenceNumber;
+
 /// Length of a segment on the wall clock.
 pub(super) const SEGMENT_MS: u64 = 2_000;
 /// Segments in one loop of the clip.
@@ -27,10 +29,6 @@ pub(super) const KEPT_SEGMENTS: u64 = 30;
 /// Milliseconds since the Unix epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct UnixMillis(pub u64);
-
-/// A Media Sequence Number (RFC 8216, 3): which segment of a Media Playlist.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct MediaSequenceNumber(pub u64);
 
 /// How one rendition divides time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
