@@ -109,6 +109,9 @@ struct RewriteArgs {
     /// Another origin that its URIs may name (repeat for more)
     #[arg(long = "origin", value_name = "URL")]
     origins: Vec<String>,
+    /// A query parameter that chooses what a playlist is (repeat for more)
+    #[arg(long = "query-param", value_name = "NAME")]
+    query_params: Vec<String>,
     /// Fixed sample keys: the same input gives the same output
     #[arg(long, value_name = "NUMBER")]
     seed: Option<u64>,
@@ -181,6 +184,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             let options = RewriteOptions {
                 url: args.url,
                 allowed: args.origins,
+                query_params: args.query_params,
                 seed: args.seed,
                 policy: policy.checked()?,
             };

@@ -186,8 +186,13 @@ fn look_at(url: &str, body: &[u8]) -> (Inspection, Vec<String>) {
     if m3u8_rs::parse_playlist_res(body).is_err() {
         inspection.problems.push("m3u8-rs, a second parser, does not accept it".into());
     }
-    let options =
-        RewriteOptions { url: url.to_owned(), allowed: Vec::new(), seed: Some(0), policy: Policy::default() };
+    let options = RewriteOptions {
+        url: url.to_owned(),
+        allowed: Vec::new(),
+        query_params: Vec::new(),
+        seed: Some(0),
+        policy: Policy::default(),
+    };
     if let Err(error) = rewrite(body, &options) {
         inspection.problems.push(format!("keyshield would refuse it: {error:#}"));
     }

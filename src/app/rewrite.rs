@@ -11,7 +11,7 @@ use crate::hls::{
     rewrite_multivariant,
 };
 use crate::keys::{
-    DekId, KeyId, LinkKey, Marks, MediaSequenceNumber, Ordinal, PlaylistWindow, Policy, Schedule, plan,
+    DekId, KeyId, LinkKey, Marks, MediaSequenceNumber, Ordinal, Policy, Schedule, Situation, plan,
 };
 
 /// How a playlist is to be rewritten.
@@ -21,6 +21,8 @@ pub struct RewriteOptions {
     pub url: String,
     /// Other origins that its URIs may name.
     pub allowed: Vec<String>,
+    /// As an origin's `query_params`.
+    pub query_params: Vec<String>,
     /// Fixed sample keys instead of random ones: the same input gives the same output.
     pub seed: Option<u64>,
     pub policy: Policy,
@@ -31,26 +33,29 @@ pub struct RewriteOptions {
 /// # Errors
 /// What the shield would refuse too, with its line.
 pub fn rewrite(input: &[u8], options: &RewriteOptions) -> anyhow::Result<String> {
-    let mounts = mounts(&options.url, &options.allowed)?;
+    let mounts = mounts(options)?;
     let from = mounts.place_of(&options.url)?;
     let playlist = Playlist::parse(input)?;
     match playlist.kind() {
-        Kind::Multivariant => Ok(rewrite_multivariant(&playlist, &mounts, &from)?),
+        Kind::Multivariant => Ok(rewrite_multivariant(&playlist, &mounts, &from, &|_| true)?),
         Kind::Media => media(&playlist, &mounts, &from, options),
     }
 }
 
 /// The URL's own site at the root, and the others beside it.
-fn mounts(url: &str, allowed: &[String]) -> anyhow::Result<Mounts> {
+fn mounts(options: &RewriteOptions) -> anyhow::Result<Mounts> {
     let site = |url: &str| -> anyhow::Result<BaseUrl> {
         let parsed = url::Url::parse(url).with_context(|| format!("{url:?} is not an absolute URL"))?;
         Ok(BaseUrl::parse(&parsed.origin().ascii_serialization())?)
     };
-    let mut mounts = vec![Mount::new("sample".into(), "/", vec![site(url)?], false)?];
-    for (number, url) in (1..).zip(allowed) {
+    let mut mounts = vec![Mount::new("sample".into(), "/", vec![site(&options.url)?], false)?];
+    for (number, url) in (1..).zip(&options.allowed) {
         let name = format!("origin-{number}");
         let path = format!("/{name}");
         mounts.push(Mount::new(name, &path, vec![site(url)?], false)?);
+    }
+    for mount in &mut mounts {
+        mount.query_params.clone_from(&options.query_params);
     }
     Ok(Mounts::new(mounts)?)
 }
@@ -62,32 +67,34 @@ fn media(
     options: &RewriteOptions,
 ) -> anyhow::Result<String> {
     let facts = playlist.media_facts()?;
-    let window = PlaylistWindow {
-        first: facts.media_sequence,
-        end: facts.media_sequence.plus(facts.segments as u64),
-        ended: facts.ended,
-    };
-    let marks = Marks { head: Ordinal::FIRST, forced: Ordinal::FIRST };
-    let planned = plan(&Schedule::default(), None, &window, &options.policy, marks, &[]);
+    let planned = plan(
+        &facts.window(),
+        Situation {
+            schedule: &Schedule::default(),
+            edge: None,
+            policy: &options.policy,
+            marks: Marks { head: Ordinal::FIRST, forced: Ordinal::FIRST },
+            siblings: &[],
+            is_destroyed: &|_| false,
+        },
+    );
     let schedule = Schedule::from_rows(planned.into_iter().map(|(boundary, _)| boundary).collect());
     let keys = SampleKeys::new(options.seed);
     let by_ordinal: BTreeMap<_, _> =
         schedule.boundaries().iter().map(|b| (b.ordinal, keys.key(b.ordinal))).collect();
+    let policy = &options.policy;
     let key_at = |msn: MediaSequenceNumber| {
         let (id, link) = by_ordinal.get(&schedule.ordinal_at(msn)?)?;
-        Some(PeriodKey { id: *id, link })
+        Some(PeriodKey { id: *id, method: policy.key_method, iv_mode: policy.iv_mode, link })
     };
     let (dek, clear_link) = keys.clear_init();
-    let stream_prefix = &from.path[..=from.path.rfind('/').unwrap_or(0)];
     let rewritten = rewrite_media(
         playlist,
         &MediaRewrite {
             mounts,
             from,
-            stream_prefix,
-            method: options.policy.key_method,
-            iv_mode: options.policy.iv_mode,
-            encrypt_init_sections: options.policy.encrypt_init_sections,
+            is_protected: &|_| true,
+            encrypt_init_sections: policy.encrypt_init_sections,
             key_uri_base: "/api/hls/keys/",
             clear_init: (dek, &clear_link),
             key_at: &key_at,
@@ -135,6 +142,7 @@ mod tests {
         RewriteOptions {
             url: "https://origin.example/live/720p.m3u8".into(),
             allowed: vec!["https://ads.example".into()],
+            query_params: Vec::new(),
             seed,
             policy: Policy { segments_per_key: 2, ..Policy::default() },
         }

@@ -4,8 +4,10 @@
 //! in a thread. The control plane owns the engine's worker and with it the store: both live in its runtime.
 //! The data plane starts when keys are loaded; until then its connections wait in the backlog.
 
+use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::IntoRawFd;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
@@ -65,6 +67,7 @@ pub(super) fn run(config: &Config, extras: Extras) -> anyhow::Result<()> {
             0 => std::thread::available_parallelism().map_or(1, |cores| cores.get()),
             threads => threads,
         },
+        ca_file: config.ca_file.clone(),
         grace_period_seconds: Some(config.shutdown_grace.as_secs()),
         graceful_shutdown_timeout_seconds: Some(1),
         ..ServerConf::default()
@@ -98,6 +101,17 @@ pub(super) fn run(config: &Config, extras: Extras) -> anyhow::Result<()> {
     failure.error.lock().take().map_or(Ok(()), Err)
 }
 
+/// One process a database: another one would rotate and destroy keys behind this one's back. The lock goes with
+/// the process, however that ends.
+fn lock(database: &Path) -> anyhow::Result<File> {
+    let mut path = database.as_os_str().to_owned();
+    path.push(".lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+    file.try_lock().map_err(|_| anyhow!("another keyshield uses the database {}", database.display()))?;
+    Ok(file)
+}
+
 fn streams(config: &Config) -> Vec<StreamSettings> {
     let settings = |stream: &crate::config::StreamConfig| StreamSettings {
         id: stream.id.clone(),
@@ -118,6 +132,8 @@ fn data_plane(config: &Config, engine: &Engine, metrics: Metrics) -> Shield {
         max_playlist_bytes: config.max_playlist_bytes,
         playlist_cache_bytes: config.playlist_cache_bytes,
         stale_if_error: config.stale_if_error,
+        playlist_timeout: config.playlist_timeout,
+        segment_timeout: config.segment_timeout,
         max_segment_bytes: config.max_segment_bytes,
         flow_cache_bytes: config.segment_cache_bytes,
         max_filling_flows: config.max_filling_segments,
@@ -222,10 +238,11 @@ impl BackgroundService for ControlPlane {
 
 impl ControlStart {
     async fn run(self, shutdown: ShutdownWatch, ready: ServiceReadyNotifier) -> anyhow::Result<()> {
+        let _lock = lock(&self.config.database)?;
         let store = Store::open(&self.config.database).await?;
         let kms = LocalKms::open(&self.config.master_key_file)?;
         let worker = Worker::load(self.seat, store, &kms).await?;
-        let sweeps = tokio::spawn(worker.run(self.config.sweep_interval));
+        let mut work = tokio::spawn(worker.run(self.config.sweep_interval));
         tracing::info!(
             players = %self.config.listen,
             operators = %self.config.control_listen,
@@ -236,8 +253,11 @@ impl ControlStart {
         // From here on the engine lives in the data plane and the routes.
         drop(self.engine);
         ready.notify_ready();
-        let served = serve_until(self.listener, self.router, shutdown).await;
-        sweeps.abort();
+        let served = tokio::select! {
+            served = serve_until(self.listener, self.router, shutdown) => served,
+            _ = &mut work => Err(anyhow!("the engine stopped working; this is a defect, see the log")),
+        };
+        work.abort();
         served
     }
 }

@@ -8,6 +8,7 @@ mod environment;
 mod raw;
 
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -18,8 +19,9 @@ pub use raw::{RawConfig, RawOrigin, RawPolicy, RawStream};
 
 use crate::hls::{BaseUrl, Mount, MountError, Mounts, normalized_path};
 use crate::keys::{IdError, IvMode, KeyMethod, Policy, PolicyError, StreamId};
-use crate::telemetry::LogFormat;
+use crate::telemetry::{LogFormat, check_log_filter};
 
+const YEAR_SECS: u64 = 366 * 86_400;
 /// A year: whoever wants no time trigger says 0.
 const MAX_INTERVAL_MINUTES: f64 = 525_600.0;
 
@@ -81,6 +83,8 @@ pub struct Config {
     pub max_playlist_bytes: usize,
     pub playlist_cache_bytes: u64,
     pub stale_if_error: Duration,
+    pub playlist_timeout: Duration,
+    pub segment_timeout: Duration,
     pub max_segment_bytes: u64,
     pub segment_cache_bytes: u64,
     pub max_filling_segments: usize,
@@ -115,41 +119,48 @@ impl Config {
         let streams =
             raw.streams.iter().map(|s| stream(s, &raw.policy, &mounts)).collect::<Result<Vec<_>, _>>()?;
         refuse_shared(&streams)?;
-        let secs = Duration::from_secs;
         Ok(Self {
             listen: address("shield.listen", &raw.shield.listen)?,
             control_listen: address("control.listen", &raw.control.listen)?,
-            threads: at_most("shield.threads", raw.shield.threads, 1_024)?,
-            shutdown_grace: secs(at_most("shield.shutdown_grace_secs", raw.shield.shutdown_grace_secs, 600)?),
+            threads: between("shield.threads", raw.shield.threads, 0..=1_024)?,
+            shutdown_grace: secs("shield.shutdown_grace_secs", raw.shield.shutdown_grace_secs, 0..=600)?,
             log_format: raw.log.format.parse().map_err(|why: &str| ConfigError::Field {
                 field: "log.format".into(),
                 value: raw.log.format.clone(),
                 why: why.into(),
             })?,
-            log_filter: raw.log.filter.clone(),
+            log_filter: checked_filter(&raw.log.filter)?,
             database: raw.store.database.clone(),
             master_key_file: raw.kms.master_key_file.clone(),
-            sweep_interval: Duration::from_millis(positive(
+            sweep_interval: Duration::from_millis(between(
                 "keys.sweep_interval_millis",
                 raw.keys.sweep_interval_millis,
+                10..=10_000,
             )?),
             key_uri_base: key_uri_base(&raw.keys.uri_base)?,
-            key_max_age: secs(raw.keys.max_age_secs),
-            segment_max_age: secs(raw.segments.max_age_secs),
+            key_max_age: secs("keys.max_age_secs", raw.keys.max_age_secs, 0..=YEAR_SECS)?,
+            segment_max_age: secs("segments.max_age_secs", raw.segments.max_age_secs, 0..=YEAR_SECS)?,
             cors_origins: raw.shield.cors_origins.clone(),
-            max_playlist_bytes: positive("playlists.max_bytes", raw.playlists.max_bytes)?,
+            max_playlist_bytes: between("playlists.max_bytes", raw.playlists.max_bytes, 1..=1 << 30)?,
             playlist_cache_bytes: raw.playlists.cache_bytes,
-            stale_if_error: secs(raw.playlists.stale_if_error_secs),
-            max_segment_bytes: positive("segments.max_bytes", raw.segments.max_bytes)?,
+            stale_if_error: secs(
+                "playlists.stale_if_error_secs",
+                raw.playlists.stale_if_error_secs,
+                0..=86_400,
+            )?,
+            playlist_timeout: secs("playlists.timeout_secs", raw.playlists.timeout_secs, 1..=600)?,
+            segment_timeout: secs("segments.timeout_secs", raw.segments.timeout_secs, 1..=3_600)?,
+            max_segment_bytes: between("segments.max_bytes", raw.segments.max_bytes, 1..=1 << 40)?,
             segment_cache_bytes: raw.segments.cache_bytes,
-            max_filling_segments: positive("segments.max_filling", raw.segments.max_filling)?,
-            connect_timeout: secs(positive(
+            max_filling_segments: between("segments.max_filling", raw.segments.max_filling, 1..=1_000_000)?,
+            connect_timeout: secs(
                 "upstream.connect_timeout_secs",
                 raw.upstream.connect_timeout_secs,
-            )?),
-            read_timeout: secs(positive("upstream.read_timeout_secs", raw.upstream.read_timeout_secs)?),
-            idle_timeout: secs(positive("upstream.idle_timeout_secs", raw.upstream.idle_timeout_secs)?),
-            pool_size: positive("upstream.pool_size", raw.upstream.pool_size)?,
+                1..=600,
+            )?,
+            read_timeout: secs("upstream.read_timeout_secs", raw.upstream.read_timeout_secs, 1..=600)?,
+            idle_timeout: secs("upstream.idle_timeout_secs", raw.upstream.idle_timeout_secs, 1..=86_400)?,
+            pool_size: between("upstream.pool_size", raw.upstream.pool_size, 1..=100_000)?,
             ca_file: Some(raw.upstream.ca_file.clone()).filter(|path| !path.is_empty()),
             mounts,
             streams,
@@ -165,13 +176,22 @@ fn address(name: &str, text: &str) -> Result<SocketAddr, ConfigError> {
     text.parse().map_err(|_| field(name, text, "must be IP:PORT, such as 127.0.0.1:8080 or [::]:8080"))
 }
 
-fn positive<N: Copy + Default + PartialEq + ToString>(name: &str, value: N) -> Result<N, ConfigError> {
-    if value == N::default() { Err(field(name, value, "must be greater than 0")) } else { Ok(value) }
+fn between<N: Copy + PartialOrd + ToString>(
+    name: &str,
+    value: N,
+    range: RangeInclusive<N>,
+) -> Result<N, ConfigError> {
+    let why = || format!("must be between {} and {}", range.start().to_string(), range.end().to_string());
+    if range.contains(&value) { Ok(value) } else { Err(field(name, value, &why())) }
 }
 
-fn at_most<N: Copy + PartialOrd + ToString>(name: &str, value: N, most: N) -> Result<N, ConfigError> {
-    let why = || format!("must be at most {}", most.to_string());
-    if value > most { Err(field(name, value, &why())) } else { Ok(value) }
+fn secs(name: &str, value: u64, range: RangeInclusive<u64>) -> Result<Duration, ConfigError> {
+    between(name, value, range).map(Duration::from_secs)
+}
+
+fn checked_filter(filter: &str) -> Result<String, ConfigError> {
+    let checked = check_log_filter(filter).map(|()| filter.to_owned());
+    checked.map_err(|why| field("log.filter", filter, &why))
 }
 
 /// What stands before the key ID: a path of the shield, or an absolute URL of a CDN in front of it.
@@ -187,7 +207,9 @@ fn key_uri_base(text: &str) -> Result<String, ConfigError> {
 
 fn mount(raw: &RawOrigin) -> Result<Mount, ConfigError> {
     let bases = raw.urls.iter().map(|url| BaseUrl::parse(url)).collect::<Result<Vec<_>, _>>()?;
-    Ok(Mount::new(raw.name.clone(), &raw.mount, bases, raw.pass_through)?)
+    let mut mount = Mount::new(raw.name.clone(), &raw.mount, bases, raw.pass_through)?;
+    mount.query_params.clone_from(&raw.query_params);
+    Ok(mount)
 }
 
 fn stream(raw: &RawStream, defaults: &RawPolicy, mounts: &Mounts) -> Result<StreamConfig, ConfigError> {
@@ -352,6 +374,10 @@ mod tests {
             ("[shield]\nlisten = \"localhost\"\n", "shield.listen"),
             ("[segments]\nmax_bytes = 0\n", "segments.max_bytes"),
             ("[log]\nformat = \"xml\"\n", "log.format"),
+            ("[log]\nfilter = \"keyshield=loud\"\n", "log.filter"),
+            ("[segments]\nmax_filling = 9223372036854775807\n", "segments.max_filling"),
+            ("[playlists]\nstale_if_error_secs = 99999999999\n", "playlists.stale_if_error_secs"),
+            ("[upstream]\npool_size = 1000000000000\n", "upstream.pool_size"),
             ("[keys]\nuri_base = \"keys\"\n", "keys.uri_base"),
             ("[keys]\nuri_base = \"/a\\\"b\"\n", "keys.uri_base"),
         ] {

@@ -133,12 +133,13 @@ impl Default for RawKeys {
 pub struct RawPlaylists {
     pub max_bytes: usize,
     pub cache_bytes: u64,
+    pub timeout_secs: u64,
     pub stale_if_error_secs: u64,
 }
 
 impl Default for RawPlaylists {
     fn default() -> Self {
-        Self { max_bytes: 8 << 20, cache_bytes: 256 << 20, stale_if_error_secs: 60 }
+        Self { max_bytes: 8 << 20, cache_bytes: 256 << 20, timeout_secs: 15, stale_if_error_secs: 60 }
     }
 }
 
@@ -148,12 +149,19 @@ pub struct RawSegments {
     pub max_bytes: u64,
     pub cache_bytes: u64,
     pub max_filling: usize,
+    pub timeout_secs: u64,
     pub max_age_secs: u64,
 }
 
 impl Default for RawSegments {
     fn default() -> Self {
-        Self { max_bytes: 256 << 20, cache_bytes: 1 << 30, max_filling: 512, max_age_secs: 7 * 86_400 }
+        Self {
+            max_bytes: 256 << 20,
+            cache_bytes: 1 << 30,
+            max_filling: 512,
+            timeout_secs: 120,
+            max_age_secs: 7 * 86_400,
+        }
     }
 }
 
@@ -235,11 +243,18 @@ pub struct RawOrigin {
     pub mount: String,
     pub urls: Vec<String>,
     pub pass_through: bool,
+    pub query_params: Vec<String>,
 }
 
 impl Default for RawOrigin {
     fn default() -> Self {
-        Self { name: String::new(), mount: "/".into(), urls: Vec::new(), pass_through: false }
+        Self {
+            name: String::new(),
+            mount: "/".into(),
+            urls: Vec::new(),
+            pass_through: false,
+            query_params: Vec::new(),
+        }
     }
 }
 

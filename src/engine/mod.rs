@@ -24,7 +24,7 @@ pub use stream::{ClearInitSigner, LiveKey, Published, Rotation, Stream, StreamSe
 pub use worker::{Worker, WorkerError};
 
 use crate::clock::Clock;
-use crate::keys::{DekId, KeyId, PlaylistWindow};
+use crate::keys::{DekId, KeyId, PlaylistWindow, Timestamp};
 use crate::telemetry::Metrics;
 
 /// Questions that may wait for the worker; more are turned away rather than kept in memory.
@@ -34,6 +34,10 @@ const ROTATIONS_KEPT: usize = 256;
 /// How long a playlist request waits for its boundaries to be stored.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// A sweep that takes longer than this is taken for stuck.
+const SWEEP_OVERDUE: Duration = Duration::from_secs(60);
+/// A rendition whose numbers jump back more often than this is fed by two origins that disagree.
+const RESET_INTERVAL: Duration = Duration::from_secs(30);
 /// How often a race for a boundary is run again before a request is given up.
 const ATTEMPTS: usize = 8;
 
@@ -82,6 +86,7 @@ struct Shared {
     keys: RwLock<HashMap<KeyId, Arc<LiveKey>>>,
     clear_inits: RwLock<HashMap<DekId, Arc<ClearInitSigner>>>,
     status: RwLock<EngineStatus>,
+    swept_at: RwLock<Timestamp>,
     rotations: broadcast::Sender<Rotation>,
     clock: Clock,
     metrics: Metrics,
@@ -100,6 +105,7 @@ impl Engine {
             keys: RwLock::default(),
             clear_inits: RwLock::default(),
             status: RwLock::new(status),
+            swept_at: RwLock::new(clock.now()),
             rotations: broadcast::channel(ROTATIONS_KEPT).0,
             clock,
             metrics,
@@ -127,7 +133,20 @@ impl Engine {
     }
 
     pub fn status(&self) -> EngineStatus {
-        *self.shared.status.read()
+        let status = *self.shared.status.read();
+        // A sweep that has not come round for so long does not come any more.
+        let stuck = self.shared.clock.now().since(*self.shared.swept_at.read()) > SWEEP_OVERDUE;
+        EngineStatus { rotating: status.rotating && !stuck, ..status }
+    }
+
+    /// Whether a path at an origin belongs to a stream when letters are compared without their case, as some
+    /// origins do. `path` has its percent-encoding undone.
+    pub fn is_like_a_streams(&self, origin: &str, path: &str) -> bool {
+        let path = path.to_lowercase();
+        let owns = |s: &Arc<Stream>| {
+            s.settings.origin == origin && path.starts_with(&s.settings.prefix.to_lowercase())
+        };
+        self.shared.streams.iter().any(owns)
     }
 
     /// Hears of every rotation from now on.
@@ -149,6 +168,9 @@ impl Engine {
         window: PlaylistWindow,
         playlist_duration: Duration,
     ) -> Result<Published, EngineError> {
+        if window.is_empty() {
+            return stream.publish_empty().map_err(|_| EngineError::NotReady);
+        }
         for _ in 0..ATTEMPTS {
             let call = stream.call(rendition, &window).ok_or(EngineError::NotReady)?;
             if call.must_wait {

@@ -11,10 +11,11 @@ use std::time::Duration;
 use parking_lot::RwLock;
 
 use crate::keys::{
-    Boundary, ContentSecrets, DekId, Edge, KeyFacts, KeyId, KeyMethod, KeyState, LinkKey, Marks,
-    MediaSequenceNumber, Ordinal, PlaylistWindow, Policy, Reason, RenditionFacts, Schedule, StreamFacts,
-    StreamId, Timestamp, plan,
+    Boundary, ContentSecrets, DekId, Edge, IvMode, KeyFacts, KeyId, KeyMethod, KeyState, LinkKey, Marks,
+    MediaSequenceNumber, Ordinal, PlaylistWindow, Policy, Reason, RenditionFacts, Schedule, Situation,
+    StreamFacts, StreamId, Timestamp, plan,
 };
+use crate::store::{KeyRow, RenditionRow};
 
 /// How many neighbours to each side are asked for a schedule to share.
 const MAX_SIBLINGS: usize = 16;
@@ -49,28 +50,22 @@ pub struct LiveKey {
     pub stream: StreamId,
     pub id: KeyId,
     pub ordinal: Ordinal,
+    /// As it was made: the policy of its stream may have changed since.
     pub method: KeyMethod,
+    pub iv_mode: IvMode,
     pub secrets: ContentSecrets,
-    pub policy: Policy,
     last_named_millis: AtomicI64,
 }
 
 impl LiveKey {
-    pub(super) fn new(
-        settings: &StreamSettings,
-        id: KeyId,
-        ordinal: Ordinal,
-        method: KeyMethod,
-        secrets: ContentSecrets,
-        now: Timestamp,
-    ) -> Self {
+    pub(super) fn new(stream: &StreamId, row: &KeyRow, secrets: ContentSecrets, now: Timestamp) -> Self {
         Self {
-            stream: settings.id.clone(),
-            id,
-            ordinal,
-            method,
+            stream: stream.clone(),
+            id: row.id,
+            ordinal: row.ordinal,
+            method: row.method,
+            iv_mode: row.iv_mode,
             secrets,
-            policy: settings.policy.clone(),
             // A new process cannot know what the one before it served: it counts from now.
             last_named_millis: AtomicI64::new(now.as_unix_millis()),
         }
@@ -108,8 +103,13 @@ pub(super) struct Rendition {
     pub(super) schedule: Arc<Schedule>,
     pub(super) edge: Edge,
     pub(super) ended: bool,
+    pub(super) keeps_all: bool,
     pub(super) last_served_at: Timestamp,
     pub(super) longest_playlist: Duration,
+    /// As the store has it.
+    pub(super) stored: Option<RenditionRow>,
+    /// When its numbers last jumped back, as far as this process knows.
+    pub(super) reset_at: Option<Timestamp>,
     /// The first of the boundaries that are being stored: no window beyond it is published meanwhile.
     pub(super) pending: Option<MediaSequenceNumber>,
 }
@@ -149,8 +149,19 @@ impl Known {
         let own = self.renditions.get(rendition);
         let schedule = own.map_or(&empty, |own| &own.schedule);
         let siblings = self.siblings(rendition);
-        let edge = own.map(|own| own.edge);
-        let planned = plan(schedule, edge, window, policy, self.marks()?, &siblings);
+        let is_destroyed =
+            |ordinal: Ordinal| self.lives.get(&ordinal).is_some_and(|l| l.state == KeyState::Destroyed);
+        let planned = plan(
+            window,
+            Situation {
+                schedule,
+                edge: own.map(|own| own.edge),
+                policy,
+                marks: self.marks()?,
+                siblings: &siblings,
+                is_destroyed: &is_destroyed,
+            },
+        );
         let pending = own.and_then(|own| own.pending).into_iter();
         let must_wait = planned.iter().map(|(b, _)| b.first).chain(pending).any(|b| b < window.end);
         Some(Call { planned, have: schedule.boundaries().len(), must_wait })
@@ -249,9 +260,7 @@ impl Stream {
         own.last_served_at = now;
         own.longest_playlist = own.longest_playlist.max(playlist_duration);
         let schedule = Arc::clone(&own.schedule);
-        // A playlist without segments names no key.
-        let last = window.end.minus(1).max(window.first);
-        let keys = match (schedule.ordinal_at(window.first), schedule.ordinal_at(last)) {
+        let keys = match (schedule.ordinal_at(window.first), schedule.ordinal_at(window.end.minus(1))) {
             (Some(from), Some(to)) if from <= to => {
                 known.live_keys.range(from..=to).map(|(ordinal, key)| (*ordinal, Arc::clone(key))).collect()
             }
@@ -259,6 +268,24 @@ impl Stream {
         };
         let clear_init = Arc::clone(known.clear_init.as_ref().ok_or(NotYet::Loaded)?);
         Ok(Published { schedule, keys, clear_init })
+    }
+
+    /// What a playlist without segments is rewritten with: it names no key, and calls for none.
+    pub(super) fn publish_empty(&self) -> Result<Published, NotYet> {
+        let clear_init = self.known.read().clear_init.clone().ok_or(NotYet::Loaded)?;
+        Ok(Published { schedule: Arc::default(), keys: BTreeMap::new(), clear_init })
+    }
+
+    /// Renditions of which the store does not know enough for a restart.
+    pub(super) fn unstored_renditions(&self) -> Vec<RenditionRow> {
+        let known = self.known.read();
+        known.renditions.iter().filter_map(|(name, rendition)| rendition.unstored(name)).collect()
+    }
+
+    pub(super) fn note_stored(&self, row: RenditionRow) {
+        if let Some(own) = self.known.write().renditions.get_mut(&row.rendition) {
+            own.stored = Some(row);
+        }
     }
 
     /// The stream as a sweep sees it.
@@ -271,6 +298,7 @@ impl Stream {
                 ordinal: *ordinal,
                 state: life.state,
                 activated_at: life.activated_at,
+                forced: life.forced,
                 deactivated_at: life.deactivated_at,
                 last_named_at: known
                     .live_keys
@@ -287,17 +315,40 @@ impl Stream {
 impl Rendition {
     /// Notes the newest window. A replica that lags must not take the edge back; a jump back must.
     pub(super) fn see(&mut self, window: &PlaylistWindow) {
-        if window.end >= self.edge.end || window.end <= self.edge.first {
+        if window.end >= self.edge.end || self.edge.jumps_back_to(window) {
             self.edge = Edge { first: window.first, end: window.end };
+            self.ended = window.ended;
+            self.keeps_all = window.keeps_all;
         }
-        self.ended = window.ended;
+    }
+
+    /// The row that the store should have, if it has not. A length that grows is worth a write when it has
+    /// doubled: retention is then at most a playlist too short, which the grace period covers.
+    fn unstored(&self, name: &str) -> Option<RenditionRow> {
+        let enough = self.stored.as_ref().is_some_and(|stored| {
+            stored.ended == self.ended
+                && stored.keeps_all == self.keeps_all
+                && self.longest_playlist <= stored.longest_playlist
+        });
+        let longest_playlist = match &self.stored {
+            Some(stored) if self.longest_playlist <= stored.longest_playlist => stored.longest_playlist,
+            _ => self.longest_playlist * 2,
+        };
+        (!enough).then(|| RenditionRow {
+            rendition: name.to_owned(),
+            ended: self.ended,
+            keeps_all: self.keeps_all,
+            longest_playlist,
+        })
     }
 
     fn facts(&self) -> RenditionFacts {
+        let first = self.schedule.ordinal_at(self.edge.first);
         RenditionFacts {
-            // Before the first boundary of the epoch there is nothing: the window begins at or after it.
-            lowest_in_use: self.schedule.ordinal_at(self.edge.first).unwrap_or(Ordinal::FIRST),
+            lowest_in_use: first.unwrap_or(Ordinal::FIRST),
+            current: self.schedule.last().map_or(Ordinal::FIRST, |last| last.ordinal),
             ended: self.ended,
+            keeps_all: self.keeps_all,
             last_served_at: self.last_served_at,
             longest_playlist: self.longest_playlist,
         }

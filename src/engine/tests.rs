@@ -70,7 +70,8 @@ impl Node {
 }
 
 fn live(first: u64, end: u64) -> PlaylistWindow {
-    PlaylistWindow { first: MediaSequenceNumber(first), end: MediaSequenceNumber(end), ended: false }
+    let (first, end) = (MediaSequenceNumber(first), MediaSequenceNumber(end));
+    PlaylistWindow { first, end, ended: false, keeps_all: false }
 }
 
 /// How many keys a published window shows.
@@ -169,8 +170,75 @@ async fn old_keys_are_destroyed_and_no_longer_found() {
 async fn a_long_vod_gets_all_its_keys_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let node = Node::start(dir.path(), Clock::manual(START)).await;
-    let window = PlaylistWindow { ended: true, ..live(0, 10_000) };
+    let window = PlaylistWindow { ended: true, keeps_all: true, ..live(0, 10_000) };
     let hour = Duration::from_secs(3_600);
     let published = node.engine.publish(&node.stream(), RENDITION, window, hour).await.unwrap();
     assert_eq!(published.keys().count(), 1_000);
+}
+
+#[tokio::test]
+async fn an_empty_playlist_calls_for_no_keys() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path(), Clock::manual(START)).await;
+    for _ in 0..3 {
+        let second = Duration::ZERO;
+        let published = node.engine.publish(&node.stream(), RENDITION, live(0, 0), second).await.unwrap();
+        assert_eq!(published.keys().count(), 0);
+    }
+    assert_eq!(node.stream().call(RENDITION, &live(0, 6)).unwrap().have, 0);
+}
+
+#[tokio::test]
+async fn a_recording_is_decryptable_after_a_restart_and_a_long_idle_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = Clock::manual(START);
+    let node = Node::start(dir.path(), clock.clone()).await;
+    let event = PlaylistWindow { keeps_all: true, ..live(0, 45) };
+    let show = |node: &Node| {
+        let (engine, stream) = (node.engine.clone(), node.stream());
+        async move {
+            let published = engine.publish(&stream, RENDITION, event, Duration::from_secs(90)).await.unwrap();
+            (0..45).map(|msn| published.key_at(MediaSequenceNumber(msn)).map(|k| k.id)).collect::<Vec<_>>()
+        }
+    };
+    let before = show(&node).await;
+    assert!(before.iter().all(Option::is_some));
+    sweeps(&node).await;
+    node.sweeps.abort();
+
+    let node = Node::start(dir.path(), clock).await;
+    for _ in 0..20 {
+        node.clock.advance(Duration::from_secs(600));
+        sweeps(&node).await;
+    }
+    assert_eq!(show(&node).await, before);
+}
+
+#[tokio::test]
+async fn a_channel_that_nobody_watched_for_hours_plays_at_once_under_living_keys() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path(), Clock::manual(START)).await;
+    let before = node.published(RENDITION, 100, 106).await;
+    for _ in 0..20 {
+        node.clock.advance(Duration::from_secs(1800));
+        sweeps(&node).await;
+    }
+    // Within the old crypto period by its numbers, whose key is long destroyed.
+    let after = node.published(RENDITION, 103, 109).await;
+    assert_eq!(keys(&after), 1);
+    assert_ne!(after[0].1, before[0].1);
+    assert!(node.engine.key(after[0].1.parse().unwrap()).is_some());
+}
+
+/// Waits for two whole sweeps: one that began before may not have seen what a test did.
+async fn sweeps(node: &Node) {
+    for _ in 0..2 {
+        let seen = node.engine.shared.metrics.sweep_seconds.get_sample_count();
+        let next = async {
+            while node.engine.shared.metrics.sweep_seconds.get_sample_count() == seen {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(5), next).await.expect("sweeps go on");
+    }
 }

@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use super::stream::{
     Call, ClearInitSigner, KeyLife, Known, LiveKey, MAX_RENDITIONS, Rendition, Rotation, Stream,
 };
-use super::{ATTEMPTS, EngineError, EngineStatus, Extend, Shared, WorkerSeat};
+use super::{ATTEMPTS, EngineError, EngineStatus, Extend, RESET_INTERVAL, Shared, WorkerSeat};
 use crate::entropy;
 use crate::keys::{
     Boundary, CONTENT_SECRET_LEN, ContentSecrets, Context, DataEncryptionKey, DekId, DekVersion, Edge,
@@ -41,6 +41,11 @@ pub enum WorkerError {
     NoDek { stream: String },
     #[error("stream {stream} has {MAX_RENDITIONS} renditions already: is every path of it a playlist?")]
     TooManyRenditions { stream: String },
+    #[error(
+        "stream {stream}: the Media Sequence Numbers of {rendition} jump back again and again; do its origin's \
+         addresses agree?"
+    )]
+    Flapping { stream: String, rendition: String },
     #[error("stream {stream}: other nodes keep changing the schedule of {rendition}")]
     Contended { stream: String, rendition: String },
 }
@@ -85,20 +90,33 @@ impl Worker {
         Ok(Self { core: Arc::new(core), asked })
     }
 
-    /// Answers questions and sweeps every `interval`, until every [`super::Engine`] is dropped.
+    /// Answers questions and sweeps every `interval`. Returns when every [`super::Engine`] is dropped, and
+    /// when one of the two tasks has ended early, which is a defect.
     pub async fn run(mut self, interval: Duration) {
-        let mut ticks = tokio::time::interval(interval);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let core = Arc::clone(&self.core);
+        // A task of its own: a long sweep must not keep playlists waiting.
+        let mut sweeps = tokio::spawn(async move {
+            let mut ticks = tokio::time::interval(interval);
+            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            loop {
+                ticks.tick().await;
+                core.sweep_all().await;
+            }
+        });
         loop {
             tokio::select! {
                 extend = self.asked.recv() => {
-                    let Some(extend) = extend else { return };
+                    let Some(extend) = extend else { break };
                     let core = Arc::clone(&self.core);
                     tokio::spawn(async move { core.answer(extend).await });
                 }
-                _ = ticks.tick() => self.core.sweep_all().await,
+                ended = &mut sweeps => {
+                    tracing::error!(?ended, "the sweeps ended");
+                    return;
+                }
             }
         }
+        sweeps.abort();
     }
 }
 
@@ -172,6 +190,14 @@ impl Core {
             known.clear_init = Some(signer);
         }
         known.renditions = renditions(&stored.boundaries, now);
+        for row in &stored.renditions {
+            if let Some(own) = known.renditions.get_mut(&row.rendition) {
+                own.ended = row.ended;
+                own.keeps_all = row.keeps_all;
+                own.longest_playlist = row.longest_playlist;
+                own.stored = Some(row.clone());
+            }
+        }
         Ok(known)
     }
 
@@ -214,13 +240,15 @@ impl Core {
             if have == 0 && stream.known.read().renditions.len() >= MAX_RENDITIONS {
                 return Err(WorkerError::TooManyRenditions { stream: id.to_string() });
             }
+            let resets = planned.iter().any(|(_, reason)| *reason == Reason::Reset);
+            if resets && self.resets_too_often(stream, rendition) {
+                return Err(WorkerError::Flapping {
+                    stream: id.to_string(),
+                    rendition: rendition.to_owned(),
+                });
+            }
             self.make_keys_up_to(stream, highest.ordinal).await?;
-            let row = |boundary| BoundaryRow {
-                rendition: rendition.to_owned(),
-                boundary,
-                edge,
-                ended: window.ended,
-            };
+            let row = |boundary| BoundaryRow { rendition: rendition.to_owned(), boundary, edge };
             let rows: Vec<_> = planned.iter().map(|&(boundary, reason)| (row(boundary), reason)).collect();
             if self.store.add_boundaries(id, have, &rows, self.now()).await? {
                 let boundaries: Vec<_> = planned.iter().map(|(boundary, _)| *boundary).collect();
@@ -234,6 +262,18 @@ impl Core {
         Err(WorkerError::Contended { stream: id.to_string(), rendition: rendition.to_owned() })
     }
 
+    /// Whether a rendition's numbers jumped back a moment ago; notes that they do now.
+    fn resets_too_often(&self, stream: &Stream, rendition: &str) -> bool {
+        let now = self.now();
+        let mut known = stream.known.write();
+        let Some(own) = known.renditions.get_mut(rendition) else { return false };
+        let too_often = own.reset_at.is_some_and(|at| now.since(at) < RESET_INTERVAL);
+        if !too_often {
+            own.reset_at = Some(now);
+        }
+        too_often
+    }
+
     fn know_boundaries(&self, stream: &Stream, rendition: &str, window: &PlaylistWindow, more: &[Boundary]) {
         let mut known = stream.known.write();
         let edge = Edge { first: window.first, end: window.end };
@@ -241,8 +281,11 @@ impl Core {
             schedule: Arc::default(),
             edge,
             ended: window.ended,
+            keeps_all: window.keeps_all,
             last_served_at: self.now(),
             longest_playlist: Duration::ZERO,
+            stored: None,
+            reset_at: None,
             pending: None,
         });
         own.schedule = Arc::new(own.schedule.extended(more));
@@ -296,6 +339,7 @@ impl Core {
             ordinal,
             dek: dek.id,
             method,
+            iv_mode: settings.policy.iv_mode,
             wrapped: seal(dek.key.expose(), nonce, &context, &secrets.to_plaintext()),
             state: KeyState::PreActive,
             created_at: self.now(),
@@ -358,6 +402,10 @@ impl Core {
 
     async fn sweep_stream(&self, stream: &Arc<Stream>) -> Result<(), WorkerError> {
         let _changing = stream.changing.lock().await;
+        for row in stream.unstored_renditions() {
+            self.store.put_rendition(&stream.settings.id, &row).await?;
+            stream.note_stored(row);
+        }
         for op in sweep(&stream.facts(), &stream.settings.policy, self.now()) {
             self.apply(stream, &op).await?;
         }
@@ -373,6 +421,13 @@ impl Core {
             KeyOp::Promote { ordinal, forced, .. } => {
                 let reason = if forced { Reason::Promotion } else { Reason::Start };
                 self.promote(stream, ordinal, forced, reason.name()).await?;
+            }
+            KeyOp::Force { ordinal, reason } => {
+                self.store.force(id, ordinal).await?;
+                if let Some(life) = stream.known.write().lives.get_mut(&ordinal) {
+                    life.forced = true;
+                }
+                tracing::info!(stream = %id, %ordinal, reason, "every rendition goes over");
             }
             KeyOp::Deactivate { ordinal, reason } => {
                 self.store.deactivate(id, ordinal, now).await?;
@@ -421,6 +476,7 @@ impl Core {
             self.shared.metrics.keys.with_label_values(&[state]).set(count);
         }
         self.shared.metrics.overdue_rotations.set(i64::try_from(overdue).unwrap_or(i64::MAX));
+        *self.shared.swept_at.write() = now;
         let mut status = self.shared.status.write();
         *status = EngineStatus { rotating, overdue_rotations: overdue, ..*status };
     }
@@ -447,7 +503,7 @@ fn unwrap_key(stream: &Stream, row: &KeyRow, dek: &Dek, now: Timestamp) -> Resul
     })?;
     let secrets = ContentSecrets::from_plaintext(row.method, &plaintext)
         .map_err(|source| WorkerError::Secret { stream: name(), key: row.id, source })?;
-    Ok(LiveKey::new(settings, row.id, row.ordinal, row.method, secrets, now))
+    Ok(LiveKey::new(&settings.id, row, secrets, now))
 }
 
 /// Schedules out of rows, which come by rendition and in order.
@@ -460,9 +516,12 @@ fn renditions(rows: &[BoundaryRow], now: Timestamp) -> BTreeMap<String, Renditio
         let rendition = Rendition {
             schedule: Arc::new(Schedule::from_rows(boundaries)),
             edge: last.edge,
-            ended: last.ended,
+            ended: false,
+            keeps_all: false,
             last_served_at: now,
             longest_playlist: Duration::ZERO,
+            stored: None,
+            reset_at: None,
             pending: None,
         };
         renditions.insert(last.rendition.clone(), rendition);

@@ -32,6 +32,8 @@ pub enum Problem {
     TooManySegments { limit: usize },
     #[error("no key is there for Media Sequence Number {msn}")]
     NoKey { msn: u64 },
+    #[error("a URI without an EXTINF before it")]
+    NoDuration,
     #[error("no key is there for the init section")]
     NoKeyForInit,
 }

@@ -26,6 +26,8 @@ const VERSION_WITH_IV: u64 = 2;
 #[derive(Debug, Clone, Copy)]
 pub struct PeriodKey<'a> {
     pub id: KeyId,
+    pub method: KeyMethod,
+    pub iv_mode: IvMode,
     pub link: &'a LinkKey,
 }
 
@@ -34,10 +36,8 @@ pub struct MediaRewrite<'a> {
     pub mounts: &'a Mounts,
     /// Where the playlist itself lies.
     pub from: &'a OriginPath<'a>,
-    /// The path prefix that its stream owns at that origin.
-    pub stream_prefix: &'a str,
-    pub method: KeyMethod,
-    pub iv_mode: IvMode,
+    /// Whether a place belongs to a stream, so that the shield would never pass its plaintext through.
+    pub is_protected: &'a dyn Fn(&OriginPath<'_>) -> bool,
     pub encrypt_init_sections: bool,
     /// What stands before the key ID in key URIs, such as `/api/hls/keys/`.
     pub key_uri_base: &'a str,
@@ -164,7 +164,7 @@ impl Writer<'_, '_, '_> {
         let (source, linked) = self
             .linked(uri.text, Place::Segment(msn), signer, key.link)
             .map_err(|problem| problem.at(number))?;
-        let iv = key.link.iv(self.rewrite.iv_mode, &source.resource(signer, Place::Segment(msn)));
+        let iv = key.link.iv(key.iv_mode, &source.resource(signer, Place::Segment(msn)));
 
         // The KEY goes before EXTINF, and behind the last MAP, which must not fall under it.
         let after_map = pending.iter().rposition(|(_, line)| line.tag_name() == Some("-X-MAP"));
@@ -182,18 +182,18 @@ impl Writer<'_, '_, '_> {
     /// The EXT-X-KEY of a segment, where one is called for: always, or once a period.
     fn key(&mut self, key: &PeriodKey<'_>, iv: Iv) {
         let now = InForce::Period(key.id);
-        if self.rewrite.iv_mode == IvMode::Period && self.in_force == now {
+        if key.iv_mode == IvMode::Period && self.in_force == now {
             return;
         }
         self.in_force = now;
-        let line = self.key_line(key.id, iv);
+        let line = self.key_line(key, iv);
         self.line(&line);
     }
 
-    fn key_line(&self, id: KeyId, iv: Iv) -> String {
+    fn key_line(&self, key: &PeriodKey<'_>, iv: Iv) -> String {
         let key = Key::builder()
-            .with_method(self.rewrite.method.name())
-            .with_uri(format!("{}{id}", self.rewrite.key_uri_base))
+            .with_method(key.method.name())
+            .with_uri(format!("{}{}", self.rewrite.key_uri_base, key.id))
             .with_iv(iv.to_attribute())
             .finish();
         String::from_utf8_lossy(key.into_inner().value()).into_owned()
@@ -225,8 +225,8 @@ impl Writer<'_, '_, '_> {
         let key = key.ok_or(Problem::NoKeyForInit)?;
         let signer = key.id.as_bytes();
         let (source, linked) = self.linked(uri, Place::Init, signer, key.link)?;
-        let iv = key.link.iv(self.rewrite.iv_mode, &source.resource(signer, Place::Init));
-        let key_line = self.key_line(key.id, iv);
+        let iv = key.link.iv(key.iv_mode, &source.resource(signer, Place::Init));
+        let key_line = self.key_line(key, iv);
         self.line(&key_line);
         // The next segment's IV is another one, so its KEY must be written in every mode.
         self.in_force = InForce::Init;
@@ -254,14 +254,12 @@ impl Writer<'_, '_, '_> {
         let bad = |why: String| Problem::BadUri { uri: shown(uri), why };
         let rewrite = self.rewrite;
         let to = rewrite.mounts.resolve(rewrite.from, uri).map_err(|error| bad(error.to_string()))?;
-        let under_stream =
-            to.mount.origin == rewrite.from.mount.origin && to.path.starts_with(rewrite.stream_prefix);
-        if to.mount.pass_through && !under_stream {
-            return Err(bad(format!(
-                "it lies outside the stream's prefix {:?} at an origin with pass_through = true, where its \
-                 plaintext could be fetched; widen the prefix or turn pass_through off",
-                rewrite.stream_prefix
-            )));
+        if to.mount.pass_through && !(rewrite.is_protected)(&to) {
+            return Err(bad(
+                "it lies outside every stream at an origin with pass_through = true, where its plaintext could be \
+                 fetched; widen a stream's path_prefix or turn pass_through off"
+                    .into(),
+            ));
         }
         if to.path.ends_with('/') {
             return Err(bad("it names a directory".into()));
@@ -358,6 +356,14 @@ mod tests {
 
     /// Rewrites with ordinal 0 up to MSN 101 and ordinal 1 from there on.
     fn rewrite(input: &str, change: impl FnOnce(&mut MediaRewrite<'_>)) -> Result<String, PlaylistError> {
+        rewrite_in(IvMode::Segment, input, change)
+    }
+
+    fn rewrite_in(
+        mode: IvMode,
+        input: &str,
+        change: impl FnOnce(&mut MediaRewrite<'_>),
+    ) -> Result<String, PlaylistError> {
         let mount = |origin: &str, path, url, pass_through| {
             let bases = vec![BaseUrl::parse(url).unwrap()];
             Mount::new(origin.to_owned(), path, bases, pass_through).unwrap()
@@ -371,14 +377,13 @@ mod tests {
         let links = [LinkKey::from_bytes([1; 32]), LinkKey::from_bytes([2; 32])];
         let key_at = |msn: MediaSequenceNumber| {
             let ordinal = usize::from(msn.0 > 101);
-            Some(PeriodKey { id: KeyId::from_bytes([ordinal as u8; 16]), link: &links[ordinal] })
+            let id = KeyId::from_bytes([ordinal as u8; 16]);
+            Some(PeriodKey { id, method: KeyMethod::Aes128, iv_mode: mode, link: &links[ordinal] })
         };
         let mut rewrite = MediaRewrite {
             mounts: &mounts,
             from: &from,
-            stream_prefix: "/live/ch1/",
-            method: KeyMethod::Aes128,
-            iv_mode: IvMode::Segment,
+            is_protected: &|_| false,
             encrypt_init_sections: false,
             key_uri_base: "/api/hls/keys/",
             clear_init: (DEK, &links[0]),
@@ -391,7 +396,10 @@ mod tests {
     /// Compares with what changes from run to run of the derivation cut out: MACs and IVs, which
     /// `keys::derive` pins. `{0}` and `{1}` stand for the key IDs, `{d}` for the DEK's.
     fn check(input: &str, change: impl FnOnce(&mut MediaRewrite<'_>), expected: &str) {
-        let output = rewrite(input, change).unwrap();
+        check_output(&rewrite(input, change).unwrap(), expected);
+    }
+
+    fn check_output(output: &str, expected: &str) {
         let mut shown = String::new();
         for line in output.split_inclusive('\n') {
             let line = line
@@ -440,9 +448,8 @@ mod tests {
     fn period_mode_names_a_key_once_a_period() {
         let input = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-MEDIA-SEQUENCE:100\n\
                      #EXTINF:6,\na.ts\n#EXTINF:6,\nb.ts\n#EXTINF:6,\nc.ts\n";
-        check(
-            input,
-            |rewrite| rewrite.iv_mode = IvMode::Period,
+        check_output(
+            &rewrite_in(IvMode::Period, input, |_| {}).unwrap(),
             "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-MEDIA-SEQUENCE:100\n\
              #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
              #EXTINF:6,\n~{0}.100/a.ts\n#EXTINF:6,\n~{0}.101/b.ts\n\

@@ -68,12 +68,19 @@ impl BaseUrl {
         (same_site && below.starts_with('/')).then(|| below.to_owned())
     }
 
-    /// Whether the two name the same place or one lies below the other.
+    /// Whether the two name the same place or one lies below the other. http and https at their own ports are
+    /// one place here: the same server is likely behind both.
     fn overlaps(&self, other: &Self) -> bool {
-        let probe = |from: &Self| from.url.join(&format!("{}/", from.path)).ok();
-        [(self, other), (other, self)]
-            .into_iter()
-            .any(|(base, below)| probe(below).is_some_and(|url| base.below(&url).is_some()))
+        let at_default = |base: &Self| base.url.port().is_none();
+        let same_site = self.url.host() == other.url.host()
+            && (self.port() == other.port() || (at_default(self) && at_default(other)));
+        let within = |outer: &Self, inner: &Self| {
+            inner
+                .path
+                .strip_prefix(outer.path.as_str())
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
+        same_site && (within(self, other) || within(other, self))
     }
 }
 
@@ -93,6 +100,9 @@ pub struct Mount {
     bases: Vec<BaseUrl>,
     /// Whether paths that belong to no stream are passed through.
     pub pass_through: bool,
+    /// Query parameters that choose what a playlist is: sent to the origin, and part of the playlist's name.
+    /// All others (viewers' tokens, CMCD) stay here.
+    pub query_params: Vec<String>,
 }
 
 impl Mount {
@@ -110,11 +120,29 @@ impl Mount {
         if bases.is_empty() {
             return Err(MountError::NoUrl { origin });
         }
-        Ok(Self { origin, prefix: path.trim_end_matches('/').to_owned(), bases, pass_through })
+        let prefix = path.trim_end_matches('/').to_owned();
+        Ok(Self { origin, prefix, bases, pass_through, query_params: Vec::new() })
     }
 
     pub fn bases(&self) -> &[BaseUrl] {
         &self.bases
+    }
+
+    /// What of a playlist's query goes to the origin; `None` when nothing does.
+    pub fn playlist_query(&self, query: &str) -> Option<String> {
+        let kept: Vec<_> = query.split('&').filter(|part| self.takes(part)).collect();
+        (!kept.is_empty()).then(|| kept.join("&"))
+    }
+
+    /// The first parameter of a query that would not go to the origin.
+    pub fn unknown_param<'q>(&self, query: &'q str) -> Option<&'q str> {
+        let unknown = query.split('&').find(|part| !part.is_empty() && !self.takes(part))?;
+        unknown.split('=').next()
+    }
+
+    fn takes(&self, part: &str) -> bool {
+        let name = part.split('=').next().unwrap_or_default();
+        self.query_params.iter().any(|known| known == name)
     }
 
     /// The shield's path of a path at this origin.
@@ -242,6 +270,36 @@ fn site(url: &Url) -> String {
     }
 }
 
+/// The path in its one canonical spelling (RFC 3986 §6.2.2): unreserved characters are not encoded, and hex digits
+/// are upper case. Without it every spelling of a path would be a playlist of its own.
+pub fn canonical_path(path: &str) -> String {
+    let mut out = String::with_capacity(path.len());
+    let mut rest = path;
+    while let Some(at) = rest.find('%') {
+        out.push_str(&rest[..at]);
+        let hex = rest.get(at + 1..at + 3).filter(|hex| hex.bytes().all(|b| b.is_ascii_hexdigit()));
+        let Some(byte) = hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) else {
+            out.push('%');
+            rest = &rest[at + 1..];
+            continue;
+        };
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+        rest = &rest[at + 3..];
+    }
+    out.push_str(rest);
+    out
+}
+
+/// Whether some origin may read the path as another one even after [`normalized_path`] took it: path parameters on
+/// dot segments, and encoding that is left after one decoding.
+pub fn is_ambiguous(decoded: &str) -> bool {
+    decoded.contains('%') || decoded.split('/').any(|c| c.starts_with(".;") || c.starts_with("..;"))
+}
+
 /// The path with its percent-encoding undone, for comparing it with a stream's prefix.
 ///
 /// # Errors
@@ -356,6 +414,38 @@ mod tests {
             assert!(normalized_path(bad).is_err(), "{bad}");
         }
         assert_eq!(normalized_path("/live/%63h1/").unwrap(), "/live/ch1/");
+    }
+
+    #[test]
+    fn http_and_https_of_one_host_are_one_place() {
+        let one = mount("one", "/", "http://origin.example");
+        let other = mount("two", "/b", "https://origin.example");
+        assert!(matches!(Mounts::new(vec![one.clone(), other]), Err(MountError::Overlap { .. })));
+        let another_port = mount("two", "/b", "http://origin.example:8080");
+        assert!(Mounts::new(vec![one, another_port]).is_ok());
+    }
+
+    #[test]
+    fn a_path_has_one_canonical_spelling() {
+        for (path, canonical) in [
+            ("/live/%63h1/%37%320p.m3u8", "/live/ch1/720p.m3u8"),
+            ("/a%c3%a4/x%20y", "/a%C3%A4/x%20y"),
+            ("/100%", "/100%"),
+            ("/%zz/%4", "/%zz/%4"),
+            ("/ä%41", "/äA"),
+        ] {
+            assert_eq!(canonical_path(path), canonical);
+        }
+    }
+
+    #[test]
+    fn only_listed_query_parameters_go_to_the_origin() {
+        let mut mount = mount("main", "/", "http://origin.example");
+        assert_eq!(mount.playlist_query("r=720&CMCD=x"), None);
+        mount.query_params = vec!["r".into(), "n".into()];
+        assert_eq!(mount.playlist_query("token=t&r=720&CMCD=x&n=").as_deref(), Some("r=720&n="));
+        assert_eq!(mount.unknown_param("r=720&sig=x"), Some("sig"));
+        assert_eq!(mount.unknown_param("r=720"), None);
     }
 
     #[test]

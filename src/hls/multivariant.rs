@@ -17,6 +17,7 @@ pub fn rewrite_multivariant(
     playlist: &Playlist<'_>,
     mounts: &Mounts,
     from: &OriginPath<'_>,
+    is_protected: &dyn Fn(&OriginPath<'_>) -> bool,
 ) -> Result<String, PlaylistError> {
     let mut out = String::with_capacity(playlist.lines.len() * 96);
     if playlist.byte_order_mark {
@@ -24,11 +25,11 @@ pub fn rewrite_multivariant(
     }
     for (number, line) in (1..).zip(&playlist.lines) {
         let text = match line.content {
-            Content::Uri => mapped(line.text, mounts, from),
+            Content::Uri => mapped(line.text, mounts, from, is_protected),
             Content::Tag(tag) => match tag.name() {
                 "-X-MEDIA" | "-X-I-FRAME-STREAM-INF" => Attributes::of(tag).and_then(|attributes| {
                     let Some(uri) = attributes.quoted("URI") else { return Ok(None) };
-                    let mapped = mapped(uri, mounts, from)?;
+                    let mapped = mapped(uri, mounts, from, is_protected)?;
                     Ok(mapped.map(|by| Attributes::splice(line.text, uri, &by)))
                 }),
                 "-X-SESSION-KEY" => {
@@ -47,15 +48,28 @@ pub fn rewrite_multivariant(
 }
 
 /// The shield's path for a URI that names its origin by host or root; `None` where the URI can stay.
-fn mapped(uri: &str, mounts: &Mounts, from: &OriginPath<'_>) -> Result<Option<String>, Problem> {
-    let to = mounts.resolve(from, uri).map_err(|error| Problem::BadUri {
-        uri: uri.split(['?', '#']).next().unwrap_or_default().chars().take(200).collect(),
-        why: error.to_string(),
-    })?;
+fn mapped(
+    uri: &str,
+    mounts: &Mounts,
+    from: &OriginPath<'_>,
+    is_protected: &dyn Fn(&OriginPath<'_>) -> bool,
+) -> Result<Option<String>, Problem> {
+    let reference = uri.split(['?', '#']).next().unwrap_or_default();
+    let bad = |why: String| Problem::BadUri { uri: reference.chars().take(200).collect(), why };
+    let to = mounts.resolve(from, uri).map_err(|error| bad(error.to_string()))?;
+    if !is_protected(&to) {
+        return Err(bad("it lies outside every stream and would not be encrypted; widen path_prefix".into()));
+    }
+    if let Some(param) = to.query.as_deref().and_then(|query| to.mount.unknown_param(query)) {
+        let origin = &to.mount.origin;
+        return Err(bad(format!(
+            "its query parameter {param:?} would not be sent on; add it to query_params of origin {origin:?}"
+        )));
+    }
     let path = to.mount.shield_path(&to.path);
-    let names_its_host = uri.split(['/', '?', '#']).next().is_some_and(|s| s.contains(':'));
-    let stays = !names_its_host && !uri.starts_with("//") && (!uri.starts_with('/') || path == to.path);
-    if stays {
+    let names_its_host = reference.split('/').next().is_some_and(|first| first.contains(':'));
+    let is_rooted = reference.starts_with('/');
+    if !names_its_host && (!is_rooted || reference == path) {
         return Ok(None);
     }
     Ok(Some(match to.query {
@@ -71,11 +85,15 @@ mod tests {
 
     fn mounts() -> Mounts {
         let mount = |origin: &str, path, url| {
-            Mount::new(origin.to_owned(), path, vec![BaseUrl::parse(url).unwrap()], false).unwrap()
+            let bases = vec![BaseUrl::parse(url).unwrap()];
+            let mut mount = Mount::new(origin.to_owned(), path, bases, false).unwrap();
+            mount.query_params = vec!["t".into()];
+            mount
         };
         Mounts::new(vec![
             mount("main", "/", "https://origin.example"),
             mount("audio", "/audio", "https://audio.example/pool"),
+            mount("based", "/based", "https://based.example/base"),
         ])
         .unwrap()
     }
@@ -84,7 +102,10 @@ mod tests {
         let mounts = mounts();
         let from = mounts.locate("/live/ch1/master.m3u8").unwrap();
         let playlist = Playlist::parse(input.as_bytes()).unwrap();
-        assert_eq!(rewrite_multivariant(&playlist, &mounts, &from).unwrap(), expected);
+        assert_eq!(
+            rewrite_multivariant(&playlist, &mounts, &from, &|to| !to.path.starts_with("/open/")).unwrap(),
+            expected
+        );
     }
 
     #[test]
@@ -124,9 +145,40 @@ mod tests {
         let from = mounts.locate("/live/ch1/master.m3u8").unwrap();
         let input = "#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\nhttps://evil.example/a.m3u8?token=s3cret\n";
         let playlist = Playlist::parse(input.as_bytes()).unwrap();
-        let error = rewrite_multivariant(&playlist, &mounts, &from).unwrap_err();
+        let error = rewrite_multivariant(&playlist, &mounts, &from, &|to| !to.path.starts_with("/open/"))
+            .unwrap_err();
         assert_eq!(error.line, 3);
         let shown = format!("{error} {}", error.problem);
         assert!(shown.contains("evil.example") && !shown.contains("s3cret"), "{shown}");
+    }
+
+    fn refused(uri: &str) -> String {
+        let mounts = mounts();
+        let from = mounts.locate("/live/ch1/master.m3u8").unwrap();
+        let input = format!("#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\n{uri}\n");
+        let playlist = Playlist::parse(input.as_bytes()).unwrap();
+        let protected = |to: &OriginPath<'_>| !to.path.starts_with("/open/");
+        rewrite_multivariant(&playlist, &mounts, &from, &protected).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_rendition_outside_every_stream_would_play_in_clear_and_is_refused() {
+        assert!(refused("/open/audio.m3u8").contains("outside every stream"));
+    }
+
+    #[test]
+    fn a_query_that_would_not_be_sent_on_is_refused_by_its_parameter() {
+        let why = refused("720p.m3u8?t=1&sig=s3cret");
+        assert!(why.contains("\"sig\"") && why.contains("query_params") && !why.contains("s3cret"), "{why}");
+    }
+
+    #[test]
+    fn a_root_relative_uri_loses_its_origins_base_path() {
+        let mounts = mounts();
+        let from = mounts.locate("/based/live/master.m3u8").unwrap();
+        let input = "#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\n/base/live/720p.m3u8\n";
+        let playlist = Playlist::parse(input.as_bytes()).unwrap();
+        let output = rewrite_multivariant(&playlist, &mounts, &from, &|_| true).unwrap();
+        assert!(output.ends_with("\n/based/live/720p.m3u8\n"), "{output}");
     }
 }

@@ -7,7 +7,7 @@ use quick_m3u8::custom_parsing::tag;
 use quick_m3u8::tag::UnknownTag;
 
 use super::error::{PlaylistError, Problem};
-use crate::keys::MediaSequenceNumber;
+use crate::keys::{MediaSequenceNumber, PlaylistWindow};
 
 /// More segments than this in one playlist are refused: about 23 days of 20-second segments.
 pub(super) const MAX_SEGMENTS: usize = 100_000;
@@ -72,6 +72,19 @@ pub struct MediaFacts {
     pub playlist_type: Option<String>,
 }
 
+impl MediaFacts {
+    /// The segments that the playlist shows, as the schedule sees them.
+    pub fn window(&self) -> PlaylistWindow {
+        PlaylistWindow {
+            first: self.media_sequence,
+            end: self.media_sequence.plus(self.segments as u64),
+            ended: self.ended,
+            // D22 §4.4.3.5: from an EVENT nothing is removed.
+            keeps_all: self.ended || self.playlist_type.as_deref() == Some("EVENT"),
+        }
+    }
+}
+
 /// A playlist, read but not changed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Playlist<'a> {
@@ -121,10 +134,16 @@ impl<'a> Playlist<'a> {
             ended: false,
             playlist_type: None,
         };
+        let mut has_duration = false;
         for (at, line) in self.lines.iter().enumerate() {
             let tag = match line.content {
                 Content::Tag(tag) => tag,
                 Content::Uri if self.kind == Kind::Media => {
+                    // D22 §4.4.4.1. Players do not count a URI without one, so that its number, and every one
+                    // behind it, would be another for them than for us.
+                    if !std::mem::take(&mut has_duration) {
+                        return Err(Problem::NoDuration.at(at + 1));
+                    }
                     facts.segments += 1;
                     if facts.segments > MAX_SEGMENTS {
                         return Err(Problem::TooManySegments { limit: MAX_SEGMENTS }.at(at + 1));
@@ -146,6 +165,7 @@ impl<'a> Playlist<'a> {
                     facts.playlist_type = Some(value.to_owned());
                 }
                 "INF" => {
+                    has_duration = true;
                     let inf = tag.value().map(|v| v.try_as_decimal_floating_point_with_title());
                     // Players bear an EXTINF without a proper number; it only counts for the length here.
                     facts.duration_secs += inf.and_then(Result::ok).map_or(0.0, |(secs, _)| secs);
@@ -203,7 +223,7 @@ fn read_line((at, raw): (usize, &str)) -> Result<Line<'_>, PlaylistError> {
             Problem::BadTag { tag: text.chars().take(40).collect(), why: error.to_string() }.at(at + 1)
         })?;
         Content::Tag(parsed.parsed)
-    } else if text.is_empty() || text.starts_with('#') {
+    } else if text.trim().is_empty() || text.starts_with('#') {
         Content::Other
     } else {
         Content::Uri
@@ -325,6 +345,14 @@ mod tests {
             let text = format!("#EXTM3U\n#EXT-X-TARGETDURATION:4\n{tag}\n");
             assert!(Playlist::parse(text.as_bytes()).unwrap().media_facts().unwrap().ended);
         }
+    }
+
+    #[test]
+    fn a_uri_without_a_duration_would_be_counted_differently_by_players() {
+        let text = "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\na.ts\nb.ts\n";
+        assert_eq!(problem(text), (5, Problem::NoDuration));
+        let blank = "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\na.ts\n   \n\t\n#EXTINF:4,\nb.ts\n";
+        assert_eq!(Playlist::parse(blank.as_bytes()).unwrap().media_facts().unwrap().segments, 2);
     }
 
     #[test]

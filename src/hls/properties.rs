@@ -15,20 +15,19 @@ fn rewrite(input: &[u8], iv_mode: IvMode, encrypt_init_sections: bool) -> Result
     let key_at = |msn: MediaSequenceNumber| {
         let mut id = [0; 16];
         id[..8].copy_from_slice(&(msn.0 / 3).to_be_bytes());
-        Some(PeriodKey { id: KeyId::from_bytes(id), link: &link })
+        let id = KeyId::from_bytes(id);
+        Some(PeriodKey { id, method: KeyMethod::Aes128, iv_mode, link: &link })
     };
     let playlist = Playlist::parse(input)?;
     if playlist.kind() == Kind::Multivariant {
-        return rewrite_multivariant(&playlist, &mounts, &from);
+        return rewrite_multivariant(&playlist, &mounts, &from, &|_| true);
     }
     rewrite_media(
         &playlist,
         &MediaRewrite {
             mounts: &mounts,
             from: &from,
-            stream_prefix: "/live/ch1/",
-            method: KeyMethod::Aes128,
-            iv_mode,
+            is_protected: &|_| true,
             encrypt_init_sections,
             key_uri_base: "/api/hls/keys/",
             clear_init: (DekId::from_bytes([2; 16]), &link),

@@ -24,14 +24,19 @@ pub enum IvMode {
 }
 
 impl IvMode {
-    /// By its name in the configuration.
-    pub fn from_name(name: &str) -> Option<Self> {
-        match name {
-            "segment" => Some(IvMode::Segment),
-            "period" => Some(IvMode::Period),
-            "sequence" => Some(IvMode::Sequence),
-            _ => None,
+    const ALL: [IvMode; 3] = [IvMode::Segment, IvMode::Period, IvMode::Sequence];
+
+    /// Its name in the configuration and the store.
+    pub fn name(self) -> &'static str {
+        match self {
+            IvMode::Segment => "segment",
+            IvMode::Period => "period",
+            IvMode::Sequence => "sequence",
         }
+    }
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|mode| mode.name() == name)
     }
 }
 

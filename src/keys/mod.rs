@@ -17,7 +17,7 @@ pub use derive::{Iv, IvMode, LinkMac, Place, Resource};
 pub use envelope::{Context, EnvelopeError, NONCE_LEN, SEAL_OVERHEAD, open, seal};
 pub use ids::{DekId, DekVersion, IdError, KeyId, MediaSequenceNumber, Ordinal, StreamId};
 pub use policy::{KeyMethod, Policy, PolicyError};
-pub use schedule::{Boundary, Edge, Marks, PlaylistWindow, Reason, Schedule, plan};
+pub use schedule::{Boundary, Edge, Marks, PlaylistWindow, Reason, Schedule, Situation, plan};
 pub use secret::{CONTENT_SECRET_LEN, ContentKey, ContentSecrets, DataEncryptionKey, LinkKey, SecretError};
 pub use sweep::{KeyFacts, KeyOp, KeyState, RenditionFacts, StreamFacts, sweep};
 pub use time::Timestamp;

@@ -101,6 +101,13 @@ impl Policy {
         if !(1..=100).contains(&self.pre_generate_keys) {
             return wrong("pre_generate_keys", "must be between 1 and 100");
         }
+        let year = Duration::from_secs(366 * 86_400);
+        if self.grace_period > year {
+            return wrong("grace_period", "must be at most a year");
+        }
+        if self.cdn_ttl > year {
+            return wrong("cdn_ttl", "must be at most a year");
+        }
         if self.lead_segments > 100 {
             return wrong("lead_segments", "must be at most 100");
         }
@@ -111,7 +118,7 @@ impl Policy {
     /// removed segment available for its duration and the longest playlist that held it, caches may hold
     /// that playlist longer, and the grace period comes on top.
     pub fn retention(&self, longest_playlist: Duration) -> Duration {
-        longest_playlist + self.cdn_ttl + self.grace_period
+        longest_playlist.saturating_add(self.cdn_ttl).saturating_add(self.grace_period)
     }
 }
 

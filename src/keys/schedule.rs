@@ -54,11 +54,17 @@ pub struct PlaylistWindow {
     pub end: MediaSequenceNumber,
     /// EXT-X-ENDLIST stands in it, or EXT-X-PLAYLIST-TYPE is VOD: nothing will be appended.
     pub ended: bool,
+    /// Nothing will be removed from its front: EXT-X-PLAYLIST-TYPE is VOD or EVENT, or it has ended.
+    pub keeps_all: bool,
 }
 
 impl PlaylistWindow {
     fn len(&self) -> u64 {
         self.end.0.saturating_sub(self.first.0)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 }
 
@@ -67,6 +73,14 @@ impl PlaylistWindow {
 pub struct Edge {
     pub first: MediaSequenceNumber,
     pub end: MediaSequenceNumber,
+}
+
+impl Edge {
+    /// Whether `window` begins a new run of numbers. A replica that lags by less than a window, or by three
+    /// segments, is not a new run.
+    pub fn jumps_back_to(&self, window: &PlaylistWindow) -> bool {
+        window.end.plus(window.len().max(3)) < self.end
+    }
 }
 
 /// How far a stream's promotions have come.
@@ -109,11 +123,20 @@ impl Schedule {
         &self.boundaries[start..]
     }
 
-    /// The ordinal that covers `msn` in the running epoch; `None` for a number before the epoch's start.
+    /// The ordinal that covers `msn` in the running epoch; `None` without boundaries. The first period reaches
+    /// back without end: a replica that lags may show numbers that the first window did not.
     pub fn ordinal_at(&self, msn: MediaSequenceNumber) -> Option<Ordinal> {
         let epoch = self.epoch();
         let after = epoch.partition_point(|b| b.first <= msn);
-        after.checked_sub(1).map(|at| epoch[at].ordinal)
+        Some(epoch.get(after.saturating_sub(1))?.ordinal)
+    }
+
+    /// The ordinals that a window's segments are under.
+    fn ordinals_of(&self, window: &PlaylistWindow) -> impl Iterator<Item = Ordinal> {
+        let epoch = self.epoch();
+        let from = epoch.partition_point(|b| b.first <= window.first).saturating_sub(1);
+        let to = epoch.partition_point(|b| b.first < window.end).max(from);
+        epoch[from..to].iter().map(|b| b.ordinal)
     }
 
     /// Whether the numbers of `window` go on where this schedule is: it starts within a period this one has.
@@ -127,35 +150,48 @@ fn next_by_count(last: &Boundary, policy: &Policy) -> MediaSequenceNumber {
     last.first.plus(u64::from(policy.segments_per_key))
 }
 
+/// What a plan depends on besides the window.
+#[derive(Clone, Copy)]
+pub struct Situation<'a> {
+    pub schedule: &'a Schedule,
+    /// The rendition's last seen window.
+    pub edge: Option<Edge>,
+    pub policy: &'a Policy,
+    pub marks: Marks,
+    /// The schedules of the stream's other renditions, in a fixed order.
+    pub siblings: &'a [&'a Schedule],
+    /// Whether an ordinal's key is destroyed. Ordinals that have no key yet are not.
+    pub is_destroyed: &'a dyn Fn(Ordinal) -> bool,
+}
+
 /// The boundaries that a playlist calls for, beyond those its rendition has; empty when it has them all.
 ///
-/// Boundaries that `time` or the count asks for soon are returned up to `lead_segments` before they are
-/// needed. `edge` is the rendition's last seen window, `siblings` the schedules of the stream's other
-/// renditions in a fixed order. For a window of n segments at most about n / segments_per_key + 2 come back.
-pub fn plan(
-    schedule: &Schedule,
-    edge: Option<Edge>,
-    window: &PlaylistWindow,
-    policy: &Policy,
-    marks: Marks,
-    siblings: &[&Schedule],
-) -> Vec<(Boundary, Reason)> {
-    let Some(last) = schedule.last() else {
-        return start(0, None, Reason::Start, window, policy, marks, siblings);
-    };
-    // Not a lagging replica, whose window overlaps: all of it lies before all we saw last.
-    if edge.is_some_and(|edge| window.end <= edge.first) {
-        return start(last.epoch + 1, Some(last.ordinal), Reason::Reset, window, policy, marks, siblings);
+/// Boundaries that time or the count asks for soon are returned up to `lead_segments` before they are needed.
+/// For a window of n segments at most about n / segments_per_key + 2 come back, and none for an empty one.
+pub fn plan(window: &PlaylistWindow, situation: Situation<'_>) -> Vec<(Boundary, Reason)> {
+    let Situation { schedule, edge, policy, is_destroyed, .. } = situation;
+    if window.is_empty() {
+        return Vec::new();
     }
-    // Nobody asked for this rendition for more than a period: its numbers went on without us.
+    let Some(last) = schedule.last() else {
+        return start(0, None, Reason::Start, window, situation);
+    };
+    if edge.is_some_and(|edge| edge.jumps_back_to(window)) {
+        return start(last.epoch + 1, Some(last.ordinal), Reason::Reset, window, situation);
+    }
+    // Nobody asked for so long that keys were destroyed: nobody holds a playlist with the old ones.
+    if schedule.ordinals_of(window).any(is_destroyed) {
+        return start(last.epoch + 1, Some(last.ordinal), Reason::Start, window, situation);
+    }
+    // Nobody asked for more than a period: the numbers went on without us.
     if window.first >= next_by_count(last, policy).plus(window.len()) {
         let late = PlaylistWindow { first: window.first.minus(window.len()), ..*window };
-        return start(last.epoch, Some(last.ordinal), Reason::Start, &late, policy, marks, siblings);
+        return start(last.epoch, Some(last.ordinal), Reason::Start, &late, situation);
     }
     // What was shown further on must not change, even if this window is an older one.
     let end = edge.map_or(window.end, |edge| window.end.max(edge.end));
     let mut planned = Vec::new();
-    go_on(*last, &mut planned, &PlaylistWindow { end, ..*window }, policy, marks, siblings);
+    go_on(*last, &mut planned, &PlaylistWindow { end, ..*window }, situation);
     planned
 }
 
@@ -165,34 +201,44 @@ fn start(
     after: Option<Ordinal>,
     reason: Reason,
     window: &PlaylistWindow,
-    policy: &Policy,
-    marks: Marks,
-    siblings: &[&Schedule],
+    situation: Situation<'_>,
 ) -> Vec<(Boundary, Reason)> {
-    let usable = |ordinal: Ordinal| after.is_none_or(|after| ordinal > after);
+    let Situation { policy, marks, siblings, is_destroyed, .. } = situation;
     let shared = siblings
         .iter()
         .filter(|_| reason != Reason::Reset)
-        .find(|sibling| sibling.agrees_with(window, policy))
+        .filter(|sibling| sibling.agrees_with(window, policy))
         .map(|sibling| {
             let at = sibling.epoch().partition_point(|b| b.first <= window.first);
             let first = Boundary { first: window.first, ..sibling.epoch()[at - 1] };
             [&[first], &sibling.epoch()[at..]].concat()
         })
-        .filter(|shared| usable(shared[0].ordinal));
+        .find(|shared| {
+            let first = shared[0].ordinal;
+            after.is_none_or(|after| first > after) && !shared.iter().any(|b| is_destroyed(b.ordinal))
+        });
     let mut planned: Vec<_> = match shared {
         Some(shared) => shared.into_iter().map(|b| (Boundary { epoch, ..b }, reason)).collect(),
         None => {
             // A playlist that has ended is cut from the first key on; a live one joins the newest.
             let newest = if window.ended { marks.forced } else { marks.head };
             let ordinal = after.map_or(newest, |after| newest.max(after.next()));
+            let ordinal = not_destroyed(ordinal, is_destroyed);
             vec![(Boundary { epoch, ordinal, first: window.first }, reason)]
         }
     };
     if let Some((last, _)) = planned.last().copied() {
-        go_on(last, &mut planned, window, policy, marks, siblings);
+        go_on(last, &mut planned, window, situation);
     }
     planned
+}
+
+/// `ordinal`, or the next one behind it whose key is not destroyed.
+fn not_destroyed(mut ordinal: Ordinal, is_destroyed: &dyn Fn(Ordinal) -> bool) -> Ordinal {
+    while is_destroyed(ordinal) {
+        ordinal = ordinal.next();
+    }
+    ordinal
 }
 
 /// Adds the boundaries after `last` that the window, the count and a promotion call for.
@@ -200,10 +246,9 @@ fn go_on(
     mut last: Boundary,
     planned: &mut Vec<(Boundary, Reason)>,
     window: &PlaylistWindow,
-    policy: &Policy,
-    marks: Marks,
-    siblings: &[&Schedule],
+    situation: Situation<'_>,
 ) {
+    let Situation { policy, marks, siblings, is_destroyed, .. } = situation;
     let lead = if window.ended { 0 } else { u64::from(policy.lead_segments) };
     let horizon = window.end.plus(lead);
     loop {
@@ -220,10 +265,15 @@ fn go_on(
             (Boundary { epoch: last.epoch, ordinal: marks.forced, first: by_promotion }, Reason::Promotion)
         } else if by_count < horizon || (by_count == horizon && lead > 0) {
             let ordinal = if forced { marks.forced } else { last.ordinal.next() };
+            let ordinal = not_destroyed(ordinal, is_destroyed);
             (Boundary { epoch: last.epoch, ordinal, first: by_count }, Reason::Count)
         } else {
             return;
         };
+        // At the end of the numbers nothing goes on.
+        if next.0.first <= last.first {
+            return;
+        }
         last = next.0;
         planned.push(next);
     }
@@ -239,8 +289,26 @@ mod tests {
         Policy { segments_per_key, ..Policy::default() }
     }
 
+    /// [`plan`] with every key alive.
+    fn plan(
+        schedule: &Schedule,
+        edge: Option<Edge>,
+        window: &PlaylistWindow,
+        policy: &Policy,
+        marks: Marks,
+        siblings: &[&Schedule],
+    ) -> Vec<(Boundary, Reason)> {
+        let is_destroyed = &|_| false;
+        super::plan(window, Situation { schedule, edge, policy, marks, siblings, is_destroyed })
+    }
+
     fn live(first: u64, end: u64) -> PlaylistWindow {
-        PlaylistWindow { first: MediaSequenceNumber(first), end: MediaSequenceNumber(end), ended: false }
+        PlaylistWindow {
+            first: MediaSequenceNumber(first),
+            end: MediaSequenceNumber(end),
+            ended: false,
+            keeps_all: false,
+        }
     }
 
     fn schedule(boundaries: &[(u32, u32, u64)]) -> Schedule {
@@ -368,10 +436,62 @@ mod tests {
     fn the_ordinal_of_a_segment_is_that_of_the_last_boundary_before_it() {
         let has = schedule(&[(0, 0, 500), (1, 1, 10), (1, 2, 20)]);
         let at = |msn| has.ordinal_at(MediaSequenceNumber(msn)).map(|o| o.0);
-        assert_eq!(at(9), None);
+        assert_eq!(at(9), Some(1), "the first period reaches back");
         assert_eq!(at(10), Some(1));
         assert_eq!(at(19), Some(1));
         assert_eq!(at(20), Some(2));
         assert_eq!(at(500), Some(2));
+    }
+
+    #[test]
+    fn an_empty_window_calls_for_nothing() {
+        check(plan(&Schedule::default(), None, &live(0, 0), &policy(10), NOTHING_PROMOTED, &[]), &[]);
+        let edge = Some(Edge { first: MediaSequenceNumber(0), end: MediaSequenceNumber(6) });
+        check(plan(&schedule(&[(0, 0, 0)]), edge, &live(0, 0), &policy(10), NOTHING_PROMOTED, &[]), &[]);
+    }
+
+    #[test]
+    fn an_event_that_begins_anew_is_a_jump_back() {
+        let has = schedule(&[(0, 0, 0)]);
+        let edge = Some(Edge { first: MediaSequenceNumber(0), end: MediaSequenceNumber(50) });
+        let event = PlaylistWindow { keeps_all: true, ..live(0, 5) };
+        check(plan(&has, edge, &event, &policy(100), NOTHING_PROMOTED, &[]), &[(1, 1, 0, Reason::Reset)]);
+    }
+
+    #[test]
+    fn a_rendition_whose_key_is_destroyed_begins_anew_under_living_ones() {
+        let has = schedule(&[(0, 0, 0)]);
+        let is_destroyed = |ordinal: Ordinal| ordinal < Ordinal(6) && ordinal != Ordinal(3);
+        let edge = Some(Edge { first: MediaSequenceNumber(90), end: MediaSequenceNumber(96) });
+        let marks = Marks { head: Ordinal(6), forced: Ordinal(6) };
+        let policy = policy(1000);
+        let schedule = &has;
+        let situation =
+            Situation { schedule, edge, policy: &policy, marks, siblings: &[], is_destroyed: &is_destroyed };
+        check(super::plan(&live(100, 106), situation), &[(1, 6, 100, Reason::Start)]);
+    }
+
+    #[test]
+    fn the_count_skips_keys_that_are_destroyed() {
+        let has = schedule(&[(0, 0, 0)]);
+        let is_destroyed = |ordinal: Ordinal| [Ordinal(1), Ordinal(2)].contains(&ordinal);
+        let marks = Marks { head: Ordinal(4), forced: Ordinal(0) };
+        let policy = policy(10);
+        let situation = Situation {
+            schedule: &has,
+            edge: None,
+            policy: &policy,
+            marks,
+            siblings: &[],
+            is_destroyed: &is_destroyed,
+        };
+        check(super::plan(&live(3, 9), situation), &[(0, 3, 10, Reason::Count)]);
+    }
+
+    #[test]
+    fn the_end_of_the_numbers_is_an_end() {
+        let window = live(u64::MAX - 3, u64::MAX);
+        let planned = plan(&Schedule::default(), None, &window, &policy(2), NOTHING_PROMOTED, &[]);
+        assert!(planned.len() <= 4, "{planned:?}");
     }
 }

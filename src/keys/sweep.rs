@@ -47,6 +47,8 @@ pub struct KeyFacts {
     pub ordinal: Ordinal,
     pub state: KeyState,
     pub activated_at: Option<Timestamp>,
+    /// Every rendition must go over to it.
+    pub forced: bool,
     pub deactivated_at: Option<Timestamp>,
     /// When a playlist that names it was last served, as far as this process can know.
     pub last_named_at: Timestamp,
@@ -57,8 +59,12 @@ pub struct KeyFacts {
 pub struct RenditionFacts {
     /// The lowest ordinal that its latest playlist names.
     pub lowest_in_use: Ordinal,
-    /// Nothing will be appended to it: its keys stay as they are.
+    /// The ordinal of its last boundary.
+    pub current: Ordinal,
+    /// Nothing will be appended to it.
     pub ended: bool,
+    /// Nothing will be removed from it: whoever asks next gets all its segments, however long that takes.
+    pub keeps_all: bool,
     pub last_served_at: Timestamp,
     /// The longest playlist that was served of it.
     pub longest_playlist: Duration,
@@ -82,6 +88,8 @@ pub enum KeyOp {
     /// Make a pre-active key the stream's newest. `forced`: every rendition must go over to it; otherwise
     /// each comes to it by its own count.
     Promote { ordinal: Ordinal, forced: bool, reason: &'static str },
+    /// Every rendition must go over to this active key, which some came to by their count.
+    Force { ordinal: Ordinal, reason: &'static str },
     /// No published playlist names it any more.
     Deactivate { ordinal: Ordinal, reason: &'static str },
     /// No playlist that can still be held names it: wipe its bytes.
@@ -94,7 +102,7 @@ pub fn sweep(stream: &StreamFacts, policy: &Policy, now: Timestamp) -> Vec<KeyOp
     let head = stream.keys.iter().rev().find(|key| key.activated_at.is_some());
     let promoted = promotion(stream, head, policy, now);
     generate(stream, policy, promoted.is_some(), &mut ops);
-    ops.extend(promoted);
+    ops.extend(promoted.or_else(|| force(stream, head?, policy, now)));
     retire(stream, head, policy, now, &mut ops);
     ops
 }
@@ -122,6 +130,19 @@ fn promotion(
     })
 }
 
+/// The newest key is young, because some rendition's count made it; another is still under an old one.
+fn force(stream: &StreamFacts, head: &KeyFacts, policy: &Policy, now: Timestamp) -> Option<KeyOp> {
+    let interval = policy.rotation_interval?;
+    let is_old = |ordinal: Ordinal| {
+        let key = stream.keys.iter().find(|key| key.ordinal == ordinal);
+        key.and_then(|key| key.activated_at).is_some_and(|at| now.since(at) >= interval)
+    };
+    let lags = |r: &RenditionFacts| !r.ended && r.current < head.ordinal && is_old(r.current);
+    let due = !head.forced && stream.renditions.iter().any(lags);
+    let reason = "a rendition's key is older than the rotation interval";
+    due.then_some(KeyOp::Force { ordinal: head.ordinal, reason })
+}
+
 fn generate(stream: &StreamFacts, policy: &Policy, promoting: bool, ops: &mut Vec<KeyOp>) {
     let waiting = stream.keys.iter().filter(|key| key.state == KeyState::PreActive).count() as u32;
     let wanted = policy.pre_generate_keys + u32::from(promoting);
@@ -144,16 +165,16 @@ fn retire(
     let Some(head) = head else { return };
     let longest = stream.renditions.iter().map(|r| r.longest_playlist).max().unwrap_or_default();
     let retention = policy.retention(longest);
-    // A live rendition that nobody has fetched for the whole retention holds nothing back.
-    let in_use = stream
-        .renditions
-        .iter()
-        .filter(|r| r.ended || now.since(r.last_served_at) < retention)
-        .map(|r| r.lowest_in_use)
-        .min()
-        .unwrap_or(head.ordinal)
-        .min(head.ordinal);
-    for key in stream.keys.iter().filter(|key| key.ordinal < in_use) {
+    let is_held = |ordinal: Ordinal| {
+        stream.renditions.iter().any(|r| {
+            // A sliding rendition that nobody has fetched for the whole retention holds nothing back; if it
+            // is asked for again, it begins anew.
+            let behind = r.keeps_all && ordinal > r.current;
+            let idle = !r.keeps_all && now.since(r.last_served_at) >= retention;
+            ordinal >= r.lowest_in_use && !behind && !idle
+        })
+    };
+    for key in stream.keys.iter().filter(|key| key.ordinal < head.ordinal && !is_held(key.ordinal)) {
         match key.state {
             KeyState::Active => {
                 ops.push(KeyOp::Deactivate { ordinal: key.ordinal, reason: "no published playlist names it" })
@@ -187,6 +208,7 @@ mod tests {
             ordinal: Ordinal(ordinal),
             state,
             activated_at: activated_secs.map(at),
+            forced: false,
             deactivated_at: (state == KeyState::Deactivated).then_some(at(0)),
             last_named_at: START,
         }
@@ -195,7 +217,9 @@ mod tests {
     fn live(lowest: u32, served_secs: u64) -> RenditionFacts {
         RenditionFacts {
             lowest_in_use: Ordinal(lowest),
+            current: Ordinal(lowest),
             ended: false,
+            keeps_all: false,
             last_served_at: at(served_secs),
             longest_playlist: Duration::from_secs(40),
         }
@@ -207,6 +231,7 @@ mod tests {
             .map(|op| match op {
                 KeyOp::Generate { ordinal, .. } => ("generate", ordinal.0),
                 KeyOp::Promote { ordinal, .. } => ("promote", ordinal.0),
+                KeyOp::Force { ordinal, .. } => ("force", ordinal.0),
                 KeyOp::Deactivate { ordinal, .. } => ("deactivate", ordinal.0),
                 KeyOp::Destroy { ordinal, .. } => ("destroy", ordinal.0),
             })
@@ -264,7 +289,7 @@ mod tests {
 
     #[test]
     fn a_stream_that_is_all_vod_is_not_rotated_by_time() {
-        let vod = RenditionFacts { ended: true, ..live(0, 0) };
+        let vod = RenditionFacts { ended: true, keeps_all: true, ..live(0, 0) };
         check(&facts(steady(), vec![vod]), 999_999, &[]);
     }
 
@@ -319,7 +344,31 @@ mod tests {
             key(3, KeyState::PreActive, None),
             key(4, KeyState::PreActive, None),
         ];
-        let vod = RenditionFacts { ended: true, ..live(0, 0) };
+        let vod = RenditionFacts { ended: true, keeps_all: true, current: Ordinal(1), ..live(0, 0) };
         check(&facts(keys, vec![vod]), 99_999_999, &[]);
+    }
+
+    #[test]
+    fn a_recording_keeps_its_own_keys_and_no_later_ones() {
+        use KeyState::Active;
+        let keys: Vec<_> = (0..4).map(|n| key(n, Active, Some(u64::from(n)))).collect();
+        let waiting = (4..7).map(|n| key(n, KeyState::PreActive, None));
+        let keys = keys.into_iter().chain(waiting).collect();
+        let event = RenditionFacts { keeps_all: true, current: Ordinal(1), ..live(0, 0) };
+        let channel = live(3, 1_000);
+        check(&facts(keys, vec![event, channel]), 1_000, &[("deactivate", 2)]);
+    }
+
+    #[test]
+    fn a_slow_rendition_is_forced_over_when_its_own_key_is_old() {
+        use KeyState::Active;
+        let mut keys = steady();
+        keys[1] = key(1, Active, Some(1_700));
+        keys.push(key(4, KeyState::PreActive, None));
+        let stream = facts(keys.clone(), vec![live(1, 1_800), live(0, 1_800)]);
+        check(&stream, 1_799, &[]);
+        check(&stream, 1_800, &[("force", 1)]);
+        keys[1].forced = true;
+        check(&facts(keys, vec![live(1, 1_800), live(0, 1_800)]), 1_800, &[]);
     }
 }

@@ -35,6 +35,8 @@ pub(super) struct FlowKey {
     pub(super) place: Place,
     pub(super) origin: String,
     pub(super) path: String,
+    /// The origin's own: it may lead to other bytes, or to a refusal.
+    pub(super) query: Option<String>,
 }
 
 /// Why a flow has no (more) bytes to give.
@@ -313,6 +315,7 @@ mod tests {
             place: Place::Segment(MediaSequenceNumber(msn)),
             origin: "main".into(),
             path: format!("/{msn}.ts"),
+            query: None,
         }
     }
 

@@ -14,6 +14,7 @@ use flate2::read::GzDecoder;
 use http::StatusCode;
 use http::header::{AGE, CACHE_CONTROL, ETAG};
 use moka::sync::Cache;
+use parking_lot::RwLock;
 use sha2::{Digest, Sha256};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
@@ -21,16 +22,18 @@ use tokio::time::Instant;
 use super::reply::{Refusal, Reply};
 use super::service::Shield;
 use super::upstream::{OriginError, OriginRequest};
-use crate::engine::{LiveKey, Published, Stream};
+use crate::engine::{LiveKey, Stream};
 use crate::hls::{
-    Kind, MediaFacts, MediaRewrite, OriginPath, PeriodKey, Playlist, PlaylistError, looks_like_a_playlist,
-    rewrite_media, rewrite_multivariant,
+    Kind, MediaFacts, MediaRewrite, OriginPath, PeriodKey, Playlist, looks_like_a_playlist, rewrite_media,
+    rewrite_multivariant,
 };
-use crate::keys::{KeyId, MediaSequenceNumber, PlaylistWindow};
+use crate::keys::{KeyId, MediaSequenceNumber};
 
 const CONTENT_TYPE_M3U8: &str = "application/vnd.apple.mpegurl";
 /// How long a Multivariant Playlist, or one that has ended, is fresh.
 const STEADY_TTL: Duration = Duration::from_secs(10);
+/// How long a request that could have a stale playlist waits for a fresh one.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// How long a failure stands for all who ask.
 const FAILURE_TTL: Duration = Duration::from_millis(500);
 /// Bounds of a live playlist's freshness.
@@ -51,13 +54,15 @@ struct Rewritten {
 #[derive(Default)]
 struct Results {
     good: Option<Arc<Rewritten>>,
-    failed: Option<(Instant, Refusal)>,
+    /// When, why, and whether a stale playlist took its place.
+    failed: Option<(Instant, Refusal, bool)>,
 }
 
-/// Whoever holds the lock fetches; the others wait for it.
 #[derive(Default)]
 struct Slot {
-    results: Mutex<Results>,
+    results: RwLock<Results>,
+    /// Whoever holds it fetches; the others wait for the result.
+    fetching: Mutex<()>,
     /// Of the last good playlist: what the slot weighs, besides a little for itself.
     bytes: AtomicU32,
 }
@@ -101,7 +106,7 @@ pub(super) async fn serve(
     let query = place.query.clone().unwrap_or_default();
     let key = (place.mount.origin.clone(), place.path.clone(), query);
     let slot = shield.playlists.slots.get_with(key.clone(), Arc::default);
-    let rewritten = fresh(shield, stream, place, &mut *slot.results.lock().await).await?;
+    let rewritten = current(shield, stream, place, &slot).await?;
     let bytes = u32::try_from(rewritten.body.len()).unwrap_or(u32::MAX);
     if slot.bytes.swap(bytes, Ordering::Relaxed) != bytes {
         // Weighed anew.
@@ -123,75 +128,122 @@ pub(super) async fn serve(
         .tagged(&stream.settings.id, &named))
 }
 
-async fn fresh(
+/// The playlist that is fresh, or fetched now, or stale because neither can be had.
+async fn current(
     shield: &Shield,
     stream: &Arc<Stream>,
     place: &OriginPath<'_>,
-    slot: &mut Results,
+    slot: &Slot,
 ) -> Result<Arc<Rewritten>, Refusal> {
-    let stale = |good: &Arc<Rewritten>| {
-        let usable = good.fetched.elapsed() < shield.settings.stale_if_error;
-        usable.then(|| Arc::clone(good))
-    };
-    if let Some(good) = slot.good.as_ref().filter(|good| good.fetched.elapsed() < good.ttl) {
-        return Ok(Arc::clone(good));
+    if let Some(result) = slot.results.read().fresh() {
+        return result;
     }
-    let refusal = match &slot.failed {
-        Some((at, refusal)) if at.elapsed() < FAILURE_TTL => refusal.clone(),
-        _ => match fetch(shield, stream, place).await {
-            Ok(rewritten) => {
-                let rewritten = Arc::new(rewritten);
-                *slot = Results { good: Some(Arc::clone(&rewritten)), failed: None };
-                return Ok(rewritten);
-            }
-            Err(refusal) => {
-                slot.failed = Some((Instant::now(), refusal.clone()));
-                refusal
-            }
+    let stale = slot.results.read().stale(shield.settings.stale_if_error);
+    // Who has something to give does not wait long for another's fetch.
+    let _fetching = match stale {
+        None => slot.fetching.lock().await,
+        Some(good) => match tokio::time::timeout(PATIENCE, slot.fetching.lock()).await {
+            Ok(fetching) => fetching,
+            Err(_) => return Ok(serve_stale(shield, stream, place, good)),
         },
     };
-    // Only what may pass by itself: an origin that says 404 has taken the playlist away.
-    let passing = refusal.status().is_server_error() && !matches!(refusal, Refusal::Playlist(_));
-    match slot.good.as_ref().filter(|_| passing).and_then(stale) {
-        Some(good) => {
-            tracing::warn!(stream = %stream.settings.id, path = place.path, %refusal, "serving a stale playlist");
-            shield.metrics.stale_playlists.inc();
-            Ok(good)
+    if let Some(result) = slot.results.read().fresh() {
+        return result;
+    }
+    let fetched = tokio::time::timeout(shield.settings.playlist_timeout, fetch(shield, stream, place)).await;
+    match fetched.unwrap_or_else(|_| Err(OriginError::out_of_time(place.mount).into())) {
+        Ok(rewritten) => {
+            let rewritten = Arc::new(rewritten);
+            *slot.results.write() = Results { good: Some(Arc::clone(&rewritten)), failed: None };
+            Ok(rewritten)
         }
-        None => Err(refusal),
+        Err(refusal) => {
+            tracing::warn!(stream = %stream.settings.id, path = place.path, %refusal, "playlist not served");
+            let mut results = slot.results.write();
+            let stale = results.stale(shield.settings.stale_if_error).filter(|_| may_pass(&refusal));
+            results.failed = Some((Instant::now(), refusal.clone(), stale.is_some()));
+            Ok(serve_stale(shield, stream, place, stale.ok_or(refusal)?))
+        }
+    }
+}
+
+/// Whether a failure may be over in a moment. An origin that says 404 has taken the playlist away; one that gives
+/// something else for a moment, such as a playlist that is just being written, has not.
+fn may_pass(refusal: &Refusal) -> bool {
+    let taken_away = match refusal {
+        Refusal::Origin(error) => error.client_error(),
+        _ => None,
+    };
+    let passing = [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_MANY_REQUESTS];
+    taken_away.is_none_or(|status| passing.contains(&status))
+}
+
+fn serve_stale(
+    shield: &Shield,
+    stream: &Stream,
+    place: &OriginPath<'_>,
+    good: Arc<Rewritten>,
+) -> Arc<Rewritten> {
+    tracing::debug!(stream = %stream.settings.id, path = place.path, "serving a stale playlist");
+    shield.metrics.stale_playlists.inc();
+    good
+}
+
+impl Results {
+    /// What can be answered without asking the origin.
+    fn fresh(&self) -> Option<Result<Arc<Rewritten>, Refusal>> {
+        if let Some(good) = self.good.as_ref().filter(|good| good.fetched.elapsed() < good.ttl) {
+            return Some(Ok(Arc::clone(good)));
+        }
+        let (at, refusal, served_stale) = self.failed.as_ref()?;
+        if at.elapsed() >= FAILURE_TTL {
+            return None;
+        }
+        match &self.good {
+            Some(good) if *served_stale => Some(Ok(Arc::clone(good))),
+            _ => Some(Err(refusal.clone())),
+        }
+    }
+
+    fn stale(&self, limit: Duration) -> Option<Arc<Rewritten>> {
+        self.good.as_ref().filter(|good| good.fetched.elapsed() < limit).map(Arc::clone)
     }
 }
 
 async fn fetch(shield: &Shield, stream: &Arc<Stream>, place: &OriginPath<'_>) -> Result<Rewritten, Refusal> {
     let body = fetch_body(shield, place).await?;
-    let playlist = Playlist::parse(&body).inspect_err(|error| refused(stream, place, error))?;
-    let rewritten = match playlist.kind() {
-        Kind::Multivariant => rewrite_multivariant(&playlist, &shield.settings.mounts, place)
-            .map(|text| finish(text, Vec::new(), STEADY_TTL, STEADY_TTL)),
-        Kind::Media => {
-            let facts = playlist.media_facts()?;
-            let window = window(&facts);
-            let duration = Duration::try_from_secs_f64(facts.duration_secs).unwrap_or_default();
-            let published = shield.engine.publish(stream, &place.path, window, duration).await?;
-            rewrite(shield, stream, place, &playlist, &published).map(|text| {
-                let (ttl, max_age) = freshness(&facts);
-                finish(text, published.keys().cloned().collect(), ttl, max_age)
-            })
-        }
-    };
-    Ok(rewritten.inspect_err(|error| refused(stream, place, error))?)
-}
-
-fn refused(stream: &Stream, place: &OriginPath<'_>, error: &PlaylistError) {
-    tracing::warn!(stream = %stream.settings.id, path = place.path, %error, "playlist refused");
-}
-
-fn window(facts: &MediaFacts) -> PlaylistWindow {
-    PlaylistWindow {
-        first: facts.media_sequence,
-        end: facts.media_sequence.plus(facts.segments as u64),
-        ended: facts.ended,
+    let playlist = Playlist::parse(&body)?;
+    let is_protected = |to: &OriginPath<'_>| shield.owner(to).is_some();
+    if playlist.kind() == Kind::Multivariant {
+        let text = rewrite_multivariant(&playlist, &shield.settings.mounts, place, &is_protected)?;
+        return Ok(finish(text, Vec::new(), STEADY_TTL, STEADY_TTL));
     }
+    // A rendition is a path, and the parameters that choose what is behind it.
+    let rendition = match &place.query {
+        Some(query) => format!("{}?{query}", place.path),
+        None => place.path.clone(),
+    };
+    let facts = playlist.media_facts()?;
+    let duration = Duration::try_from_secs_f64(facts.duration_secs).unwrap_or_default();
+    let published = shield.engine.publish(stream, &rendition, facts.window(), duration).await?;
+    let key_at = |msn: MediaSequenceNumber| {
+        let key = published.key_at(msn)?;
+        Some(PeriodKey { id: key.id, method: key.method, iv_mode: key.iv_mode, link: &key.secrets.link })
+    };
+    let text = rewrite_media(
+        &playlist,
+        &MediaRewrite {
+            mounts: &shield.settings.mounts,
+            from: place,
+            is_protected: &is_protected,
+            encrypt_init_sections: stream.settings.policy.encrypt_init_sections,
+            key_uri_base: &shield.settings.key_uri_base,
+            clear_init: (published.clear_init.dek, &published.clear_init.link),
+            key_at: &key_at,
+        },
+    )?;
+    let (ttl, max_age) = freshness(&facts);
+    Ok(finish(text, published.keys().cloned().collect(), ttl, max_age))
 }
 
 /// How long a Media Playlist is fresh here, and how long caches are told to keep it.
@@ -201,34 +253,6 @@ fn freshness(facts: &MediaFacts) -> (Duration, Duration) {
     }
     let target = Duration::from_secs(facts.target_duration_secs.max(1));
     ((target / 4).clamp(*LIVE_TTL.start(), *LIVE_TTL.end()), target / 2)
-}
-
-fn rewrite(
-    shield: &Shield,
-    stream: &Stream,
-    place: &OriginPath<'_>,
-    playlist: &Playlist<'_>,
-    published: &Published,
-) -> Result<String, PlaylistError> {
-    let policy = &stream.settings.policy;
-    let key_at = |msn: MediaSequenceNumber| {
-        let key = published.key_at(msn)?;
-        Some(PeriodKey { id: key.id, link: &key.secrets.link })
-    };
-    rewrite_media(
-        playlist,
-        &MediaRewrite {
-            mounts: &shield.settings.mounts,
-            from: place,
-            stream_prefix: &stream.settings.prefix,
-            method: policy.key_method,
-            iv_mode: policy.iv_mode,
-            encrypt_init_sections: policy.encrypt_init_sections,
-            key_uri_base: &shield.settings.key_uri_base,
-            clear_init: (published.clear_init.dek, &published.clear_init.link),
-            key_at: &key_at,
-        },
-    )
 }
 
 fn finish(text: String, keys: Vec<Arc<LiveKey>>, ttl: Duration, max_age: Duration) -> Rewritten {
@@ -259,6 +283,9 @@ async fn fetch_body(shield: &Shield, place: &OriginPath<'_>) -> Result<Bytes, Re
     // chunk can be shorter than its header, when the origin dribbles: then the rest decides.
     if !gzip && first.len() >= 16 && !looks_like_a_playlist(&first) {
         return Err(Refusal::NotLinked);
+    }
+    if first.is_empty() {
+        return Err(Refusal::Empty);
     }
     let rest = response.body(limit.saturating_sub(first.len())).await?;
     let body = if rest.is_empty() { first } else { Bytes::from([first, rest].concat()) };

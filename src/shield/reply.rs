@@ -6,8 +6,8 @@
 
 use bytes::Bytes;
 use http::header::{
-    ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE,
-    ORIGIN, VARY,
+    ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, ALLOW, CACHE_CONTROL, CONTENT_LENGTH,
+    CONTENT_TYPE, ORIGIN, VARY,
 };
 use http::{HeaderName, HeaderValue, StatusCode};
 use pingora::http::ResponseHeader;
@@ -22,6 +22,8 @@ use crate::keys::{KeyId, StreamId};
 
 /// Headers that scripts of other origins may read.
 const EXPOSED: &str = "Accept-Ranges, Age, Content-Length, Content-Range, ETag";
+
+pub(super) const ALLOWED_METHODS: &str = "GET, HEAD, OPTIONS";
 
 /// Cache tags, for Fastly and Varnish.
 const SURROGATE_KEY: HeaderName = HeaderName::from_static("surrogate-key");
@@ -50,6 +52,8 @@ pub(super) enum Refusal {
     LinkKeyGone,
     #[error("no key has this ID")]
     NoKey,
+    #[error("the origin's answer is empty")]
+    Empty,
     #[error("{0}")]
     Playlist(#[from] PlaylistError),
     #[error("{0}")]
@@ -73,7 +77,7 @@ impl Refusal {
             Refusal::NoStream | Refusal::NoKey => StatusCode::NOT_FOUND,
             Refusal::NotLinked | Refusal::Link(_) | Refusal::ForgedLink => StatusCode::FORBIDDEN,
             Refusal::LinkKeyGone => StatusCode::GONE,
-            Refusal::Playlist(_) => StatusCode::BAD_GATEWAY,
+            Refusal::Playlist(_) | Refusal::Empty => StatusCode::BAD_GATEWAY,
             Refusal::Engine(_) | Refusal::Flow(FlowError::Busy) => StatusCode::SERVICE_UNAVAILABLE,
             Refusal::Flow(FlowError::Abandoned) => StatusCode::BAD_GATEWAY,
             Refusal::Flow(FlowError::Origin(error)) | Refusal::Origin(error) => of_origin(error),
@@ -88,9 +92,13 @@ impl Refusal {
         }
     }
 
-    /// The problem's details: what went wrong and where, and the rest of the error's chain.
+    /// The problem's details: what went wrong and where, without what only the log should have.
     fn detail(&self) -> String {
-        self.to_string()
+        match self {
+            Refusal::Origin(error) | Refusal::Flow(FlowError::Origin(error)) => error.public(),
+            Refusal::Engine(EngineError::Failed(_)) => "the schedule could not be stored".into(),
+            other => other.to_string(),
+        }
     }
 }
 
@@ -139,9 +147,17 @@ impl From<&Refusal> for Reply {
             "status": status.as_u16(),
             "detail": refusal.detail(),
         });
-        Reply::new(status, "application/problem+json", body.to_string())
-            .with(CACHE_CONTROL, refusal.cache_control())
+        let reply = Reply::new(status, "application/problem+json", body.to_string())
+            .with(CACHE_CONTROL, refusal.cache_control());
+        // RFC 9110 §15.5.6.
+        if status == StatusCode::METHOD_NOT_ALLOWED { reply.with(ALLOW, ALLOWED_METHODS) } else { reply }
     }
+}
+
+/// Whether an If-None-Match names `etag`. Compared weakly (RFC 9110 §13.1.2): caches weaken tags.
+pub(super) fn names_etag(if_none_match: &str, etag: &str) -> bool {
+    let names = |tag: &str| tag == "*" || tag.strip_prefix("W/").unwrap_or(tag) == etag;
+    if_none_match.split(',').any(|tag| names(tag.trim()))
 }
 
 /// More keys than this are not named in tags: headers have their limits (16 KiB at the CDNs, less elsewhere).

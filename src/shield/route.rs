@@ -2,7 +2,7 @@
 
 use super::reply::Refusal;
 use crate::engine::{Engine, Stream};
-use crate::hls::{LinkedPath, Mounts, OriginPath, normalized_path};
+use crate::hls::{LinkedPath, Mounts, OriginPath, canonical_path, is_ambiguous, normalized_path};
 use std::sync::Arc;
 
 const KEY_PATH: &str = "/api/hls/keys/";
@@ -27,13 +27,21 @@ pub(super) fn route<'a>(path: &'a str, mounts: &'a Mounts, engine: &Engine) -> R
     if let Some(linked) = LinkedPath::parse(path)? {
         return Ok(Route::Segment { linked });
     }
-    let place = mounts.locate(path).ok_or(Refusal::NoStream)?;
-    // Compared as the origin would read it: `/live/%63h1/` is `/live/ch1/`.
+    // One spelling a path, or each would be a playlist of its own.
+    let place = mounts.locate(&canonical_path(path)).ok_or(Refusal::NoStream)?;
+    // Compared as the origin would read it: `/live/%C3%A4/` is `/live/ä/`.
     let plain = normalized_path(&place.path).map_err(|error| Refusal::BadPath(error.to_string()))?;
     if let Some(stream) = engine.stream_at(&place.mount.origin, &plain) {
         return Ok(Route::Playlist { stream: Arc::clone(stream), place });
     }
-    if place.mount.pass_through { Ok(Route::PassThrough { place }) } else { Err(Refusal::NoStream) }
+    if !place.mount.pass_through {
+        return Err(Refusal::NoStream);
+    }
+    // What the origin may take for a path of a stream does not go to it.
+    if is_ambiguous(&plain) || engine.is_like_a_streams(&place.mount.origin, &plain) {
+        return Err(Refusal::BadPath("the path could be read as one of a stream".into()));
+    }
+    Ok(Route::PassThrough { place })
 }
 
 #[cfg(test)]
@@ -82,8 +90,11 @@ mod tests {
 
     #[test]
     fn no_spelling_of_an_encrypted_path_is_passed_through() {
-        check("/live/%63h1/seg.ts", "one /live/%63h1/seg.ts");
-        check("/live/%63%681/seg.ts", "one /live/%63%681/seg.ts");
+        check("/live/%63h1/seg.ts", "one /live/ch1/seg.ts");
+        check("/live/%63%681/seg.ts", "one /live/ch1/seg.ts");
+        check("/LIVE/ch1/seg.ts", "400");
+        check("/live/%2563h1/seg.ts", "400");
+        check("/x/..;/live/ch1/seg.ts", "400");
         check("//live/ch1/seg.ts", "400");
         check("/live//ch1/seg.ts", "400");
         check("/x/../live/ch1/seg.ts", "400");

@@ -5,6 +5,7 @@
 //! in clear takes the same way without the cipher.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::header::{
     ACCEPT_RANGES, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, IF_NONE_MATCH, IF_RANGE,
@@ -13,10 +14,11 @@ use http::header::{
 use http::{HeaderName, Method, StatusCode, Version};
 use pingora::http::ResponseHeader;
 use pingora::proxy::Session;
+use sha2::{Digest, Sha256};
 
 use super::flow::{Flow, FlowError, FlowHead, FlowKey, FlowWriter};
 use super::range::{Wanted, wanted};
-use super::reply::{Refusal, add_cors, tags};
+use super::reply::{Refusal, add_cors, names_etag, tags};
 use super::service::Shield;
 use super::upstream::{OriginError, OriginRequest, Upstream};
 use crate::cipher::{SegmentEncryptor, ciphertext_len};
@@ -85,11 +87,16 @@ pub(super) fn open(shield: &Shield, linked: &LinkedPath, query: Option<&str>) ->
     }
     let origin_query = Link::read_origin_query(query.unwrap_or_default(), &resource, signer.link_key())?;
 
-    // What a link leads to never changes, so the link's own proof is a strong validator.
-    let etag = format!("\"{}\"", hex::encode(link.mac.0));
+    // What a link leads to never changes, so the link's own proof is a strong validator. An origin's query may
+    // lead elsewhere, and is part of it.
+    let mut etag = hex::encode(link.mac.0);
+    if let Some(query) = &origin_query {
+        etag.push_str(&hex::encode(&Sha256::digest(query)[..4]));
+    }
+    let etag = format!("\"{etag}\"");
     let cipher = match &signer {
         Signer::Key(key) => {
-            let iv = key.secrets.link.iv(key.policy.iv_mode, &resource);
+            let iv = key.secrets.link.iv(key.iv_mode, &resource);
             Some((Arc::clone(key), iv))
         }
         Signer::ClearInit(_) => None,
@@ -101,6 +108,7 @@ pub(super) fn open(shield: &Shield, linked: &LinkedPath, query: Option<&str>) ->
         query: origin_query,
         cipher,
         max_bytes: shield.settings.max_segment_bytes,
+        timeout: shield.settings.segment_timeout,
         metrics: shield.metrics.clone(),
     };
     let key = FlowKey {
@@ -108,6 +116,7 @@ pub(super) fn open(shield: &Shield, linked: &LinkedPath, query: Option<&str>) ->
         place: link.place,
         origin: place.mount.origin.clone(),
         path: place.path,
+        query: fill.query.clone(),
     };
     let flow = shield.flows.get_or_fill(key, |writer| async move { fill.run(&writer).await })?;
     Ok(Opened { flow, etag, signer })
@@ -122,11 +131,17 @@ struct Fill {
     /// `None` for an init section in clear.
     cipher: Option<(Arc<LiveKey>, Iv)>,
     max_bytes: u64,
+    timeout: Duration,
     metrics: Metrics,
 }
 
 impl Fill {
     async fn run(self, writer: &FlowWriter) -> Result<(), FlowError> {
+        let fetched = tokio::time::timeout(self.timeout, self.fetch(writer)).await;
+        Ok(fetched.unwrap_or_else(|_| Err(OriginError::out_of_time(&self.mount)))?)
+    }
+
+    async fn fetch(&self, writer: &FlowWriter) -> Result<(), OriginError> {
         let request = OriginRequest {
             mount: &self.mount,
             path: &self.path,
@@ -137,11 +152,11 @@ impl Fill {
         let origin = response.origin().to_owned();
         if let Some(encoding) = response.encoding() {
             let encoding = encoding.to_owned();
-            return Err(OriginError::Encoded { origin, encoding }.into());
+            return Err(OriginError::Encoded { origin, encoding });
         }
         let too_long = || OriginError::TooLong { origin: origin.clone(), limit: self.max_bytes };
         if response.content_length().is_some_and(|length| length > self.max_bytes) {
-            return Err(too_long().into());
+            return Err(too_long());
         }
         let total = response.content_length().map(|n| match self.cipher {
             Some(_) => ciphertext_len(n),
@@ -156,7 +171,7 @@ impl Fill {
         while let Some(chunk) = response.chunk().await? {
             taken += chunk.len() as u64;
             if taken > self.max_bytes {
-                return Err(too_long().into());
+                return Err(too_long());
             }
             match &mut encryptor {
                 Some(encryptor) => {
@@ -185,18 +200,15 @@ pub(super) async fn answer(session: &mut Session, shield: &Shield, opened: &Open
     let range = text(RANGE).filter(|_| !is_head);
     // RFC 9110 §13.1.5: without a match, If-Range makes the range void.
     let range = range.filter(|_| text(IF_RANGE).is_none_or(|tag| tag == opened.etag)).map(str::to_owned);
-    let not_modified = text(IF_NONE_MATCH).is_some_and(|tags| {
-        tags.split(',')
-            .map(str::trim)
-            .any(|tag| tag == "*" || tag.strip_prefix("W/").unwrap_or(tag) == opened.etag)
-    });
-    let http11 = request.version == Version::HTTP_11;
+    let not_modified = text(IF_NONE_MATCH).is_some_and(|tags| names_etag(tags, &opened.etag));
+    let version = request.version;
     let origin = request.headers.get(ORIGIN).cloned();
 
     let head = opened.flow.head().await?;
     let mut total = head.total;
-    if total.is_none() && range.is_some() {
-        // A range of a body whose length the origin does not say: known when it is whole.
+    if total.is_none() && !not_modified && (range.is_some() || version < Version::HTTP_11) {
+        // A length that the origin does not say is known when the body is whole. A range needs it, and so does
+        // HTTP/1.0, where a body without one ends with the connection, whole or not.
         total = Some(opened.flow.complete_len().await?);
     }
     let part = match total {
@@ -214,7 +226,11 @@ pub(super) async fn answer(session: &mut Session, shield: &Shield, opened: &Open
         header.insert_header(ETAG, &opened.etag)?;
         header.insert_header(ACCEPT_RANGES, "bytes")?;
         let max_age = shield.settings.segment_max_age.as_secs();
-        header.insert_header(CACHE_CONTROL, format!("public, max-age={max_age}, immutable"))?;
+        let cache_control = match status {
+            StatusCode::RANGE_NOT_SATISFIABLE => "no-store".to_owned(),
+            _ => format!("public, max-age={max_age}, immutable"),
+        };
+        header.insert_header(CACHE_CONTROL, cache_control)?;
         for (name, value) in tags(opened.signer.stream(), opened.signer.keys()) {
             header.insert_header(name, value)?;
         }
@@ -231,7 +247,9 @@ pub(super) async fn answer(session: &mut Session, shield: &Shield, opened: &Open
                 header.insert_header(CONTENT_LENGTH, (bytes.end - bytes.start).to_string())?;
             }
             (_, Some(total)) => header.insert_header(CONTENT_LENGTH, total.to_string())?,
-            (_, None) if http11 && !is_head => header.insert_header(TRANSFER_ENCODING, "chunked")?,
+            (_, None) if version == Version::HTTP_11 && !is_head => {
+                header.insert_header(TRANSFER_ENCODING, "chunked")?
+            }
             (_, None) => {}
         }
         if let Some(content_type) = &head.content_type {

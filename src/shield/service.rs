@@ -17,13 +17,14 @@ use pingora::services::listening::Service;
 use super::flow::Flows;
 use super::pass_through::PassThrough;
 use super::playlists::{self, Playlists};
-use super::reply::{Refusal, Reply, send};
+use super::reply::{ALLOWED_METHODS, Refusal, Reply, names_etag, send};
 use super::route::{Route, route};
 use super::settings::ShieldSettings;
 use super::upstream::Upstream;
 use super::{keys, segments};
 use crate::clock::Clock;
-use crate::engine::Engine;
+use crate::engine::{Engine, Stream};
+use crate::hls::{OriginPath, normalized_path};
 use crate::telemetry::Metrics;
 
 /// Everything that a request may need.
@@ -48,6 +49,14 @@ impl Shield {
         let flows = Flows::new(settings.flow_cache_bytes, settings.max_filling_flows, metrics.clone());
         let playlists = Playlists::new(settings.playlist_cache_bytes, settings.stale_if_error);
         Self { engine, upstream, settings, flows, playlists, metrics, clock }
+    }
+}
+
+impl Shield {
+    /// The stream that a place belongs to.
+    pub(super) fn owner(&self, place: &OriginPath<'_>) -> Option<&Arc<Stream>> {
+        let plain = normalized_path(&place.path).ok()?;
+        self.engine.stream_at(&place.mount.origin, &plain)
     }
 }
 
@@ -111,6 +120,18 @@ impl ProxyHttp for Shield {
         let to = notes.pass_through.as_ref().ok_or_else(|| refused("nothing is passed through".into()))?;
         let peer = to.peer(&self.upstream).await.map_err(|error| refused(error.to_string()))?;
         Ok(Box::new(peer))
+    }
+
+    fn fail_to_connect(
+        &self,
+        _session: &mut Session,
+        _peer: &HttpPeer,
+        notes: &mut RequestNotes,
+        mut error: Box<pingora::Error>,
+    ) -> Box<pingora::Error> {
+        // Nothing was sent yet: the next address may answer.
+        error.set_retry(notes.pass_through.as_mut().is_some_and(PassThrough::try_next));
+        error
     }
 
     async fn upstream_request_filter(
@@ -177,7 +198,8 @@ impl Shield {
             }
             Route::Playlist { stream, mut place } => {
                 notes.kind = "playlist";
-                place.query = query;
+                // What the origin does not ask for (tokens, CMCD) must not multiply playlists.
+                place.query = query.as_deref().and_then(|query| place.mount.playlist_query(query));
                 let reply = playlists::serve(self, &stream, &place).await?;
                 Ok(Handled::Reply(not_modified(session.req_header(), reply)))
             }
@@ -196,7 +218,7 @@ fn not_modified(request: &RequestHeader, reply: Reply) -> Reply {
     let etag = reply.headers.iter().find(|(name, _)| name == http::header::ETAG).map(|(_, tag)| tag);
     let asked = request.headers.get(IF_NONE_MATCH).and_then(|value| value.to_str().ok());
     match (etag, asked) {
-        (Some(etag), Some(asked)) if asked.split(',').any(|tag| tag.trim() == etag) => {
+        (Some(etag), Some(asked)) if names_etag(asked, etag) => {
             Reply { status: StatusCode::NOT_MODIFIED, body: Default::default(), ..reply }
         }
         _ => reply,
@@ -206,7 +228,7 @@ fn not_modified(request: &RequestHeader, reply: Reply) -> Reply {
 /// The answer to a CORS preflight: the same for every path, so that a browser may keep it.
 fn preflight() -> Reply {
     Reply::empty(StatusCode::NO_CONTENT)
-        .with(ACCESS_CONTROL_ALLOW_METHODS, "GET, HEAD, OPTIONS")
+        .with(ACCESS_CONTROL_ALLOW_METHODS, ALLOWED_METHODS)
         .with(ACCESS_CONTROL_ALLOW_HEADERS, "*, Authorization, Range")
         .with(ACCESS_CONTROL_MAX_AGE, "86400")
 }

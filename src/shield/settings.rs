@@ -18,6 +18,10 @@ pub struct ShieldSettings {
     /// Memory for rewritten playlists.
     pub playlist_cache_bytes: u64,
     pub stale_if_error: Duration,
+    /// For a playlist, from the request to the origin to its last byte.
+    pub playlist_timeout: Duration,
+    /// The same for a segment.
+    pub segment_timeout: Duration,
     pub max_segment_bytes: u64,
     pub flow_cache_bytes: u64,
     pub max_filling_flows: usize,

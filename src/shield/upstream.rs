@@ -66,8 +66,23 @@ pub enum OriginError {
 }
 
 impl OriginError {
+    /// The whole of an answer took too long, whatever came meanwhile.
+    pub fn out_of_time(mount: &Mount) -> Self {
+        OriginError::TimedOut { origin: mount.origin.clone(), address: mount.bases()[0].to_string() }
+    }
+
     pub fn is_timeout(&self) -> bool {
         matches!(self, OriginError::TimedOut { .. })
+    }
+
+    /// What a stranger may read: the origin's name and what went wrong, without addresses.
+    pub fn public(&self) -> String {
+        match self {
+            OriginError::Unreachable { origin, .. } => format!("origin {origin} cannot be reached"),
+            OriginError::TimedOut { origin, .. } => format!("origin {origin} did not answer in time"),
+            OriginError::BrokeOff { origin, .. } => format!("the answer of origin {origin} broke off"),
+            other => other.to_string(),
+        }
     }
 
     /// The origin's own 4xx, which is passed on as it is.
@@ -340,9 +355,11 @@ impl OriginResponse {
     /// # Errors
     /// [`OriginError::Unframed`].
     pub fn framed(self) -> Result<Self, OriginError> {
-        let framed = self.content_length.is_some()
-            || self.header.headers.contains_key(TRANSFER_ENCODING)
-            || self.header.version == Version::HTTP_2;
+        // Any transfer coding but chunked ends with the connection (RFC 9112 §6.3).
+        let framed = match self.header.headers.get(TRANSFER_ENCODING) {
+            Some(coding) => coding.to_str().is_ok_and(|coding| coding.trim().eq_ignore_ascii_case("chunked")),
+            None => self.content_length.is_some() || self.header.version == Version::HTTP_2,
+        };
         if framed { Ok(self) } else { Err(OriginError::Unframed { origin: self.origin.clone() }) }
     }
 

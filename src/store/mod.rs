@@ -6,7 +6,7 @@
 mod rows;
 mod sqlite;
 
-pub use rows::{BoundaryRow, DekRow, KeyRow, StoredStream};
+pub use rows::{BoundaryRow, DekRow, KeyRow, RenditionRow, StoredStream};
 pub use sqlite::Store;
 
 use thiserror::Error;

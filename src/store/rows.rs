@@ -1,11 +1,14 @@
 //! Rows as the engine sees them, and the reading of each.
 
+use std::time::Duration;
+
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
 use super::StoreError;
 use crate::keys::{
-    Boundary, DekId, DekVersion, Edge, KeyId, KeyMethod, KeyState, MediaSequenceNumber, Ordinal, Timestamp,
+    Boundary, DekId, DekVersion, Edge, IvMode, KeyId, KeyMethod, KeyState, MediaSequenceNumber, Ordinal,
+    Timestamp,
 };
 
 /// A wrapped data encryption key.
@@ -26,6 +29,7 @@ pub struct KeyRow {
     pub ordinal: Ordinal,
     pub dek: DekId,
     pub method: KeyMethod,
+    pub iv_mode: IvMode,
     /// Empty once the key is destroyed.
     pub wrapped: Vec<u8>,
     pub state: KeyState,
@@ -42,7 +46,15 @@ pub struct BoundaryRow {
     pub rendition: String,
     pub boundary: Boundary,
     pub edge: Edge,
+}
+
+/// What a restart must know of a rendition besides its boundaries.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RenditionRow {
+    pub rendition: String,
     pub ended: bool,
+    pub keeps_all: bool,
+    pub longest_playlist: Duration,
 }
 
 /// All that is kept of one stream.
@@ -54,6 +66,7 @@ pub struct StoredStream {
     pub keys: Vec<KeyRow>,
     /// By rendition, then in order.
     pub boundaries: Vec<BoundaryRow>,
+    pub renditions: Vec<RenditionRow>,
 }
 
 fn unreadable(what: &'static str, value: impl ToString) -> StoreError {
@@ -93,6 +106,7 @@ impl DekRow {
 impl KeyRow {
     pub(super) fn read(row: &SqliteRow) -> Result<Self, StoreError> {
         let method: String = row.try_get("method")?;
+        let iv_mode: String = row.try_get("iv_mode")?;
         let state: String = row.try_get("state")?;
         let activated_for: Option<String> = row.try_get("activated_for")?;
         Ok(Self {
@@ -100,6 +114,7 @@ impl KeyRow {
             ordinal: Ordinal(unsigned(row, "ordinal")?),
             dek: id(row, "dek_id")?,
             method: KeyMethod::from_name(&method).ok_or_else(|| unreadable("method", method))?,
+            iv_mode: IvMode::from_name(&iv_mode).ok_or_else(|| unreadable("iv_mode", iv_mode))?,
             wrapped: row.try_get("wrapped")?,
             state: KeyState::from_name(&state).ok_or_else(|| unreadable("state", state))?,
             created_at: time(row, "created_at")?,
@@ -123,7 +138,17 @@ impl BoundaryRow {
                 first: MediaSequenceNumber(unsigned(row, "edge_first")?),
                 end: MediaSequenceNumber(unsigned(row, "edge_end")?),
             },
+        })
+    }
+}
+
+impl RenditionRow {
+    pub(super) fn read(row: &SqliteRow) -> Result<Self, StoreError> {
+        Ok(Self {
+            rendition: row.try_get("rendition")?,
             ended: row.try_get("ended")?,
+            keeps_all: row.try_get("keeps_all")?,
+            longest_playlist: Duration::from_millis(unsigned(row, "longest_playlist_millis")?),
         })
     }
 }

@@ -11,7 +11,7 @@ use sqlx::sqlite::{
 };
 
 use super::StoreError;
-use super::rows::{BoundaryRow, DekRow, KeyRow, StoredStream};
+use super::rows::{BoundaryRow, DekRow, KeyRow, RenditionRow, StoredStream};
 use crate::keys::{KeyId, KeyState, MediaSequenceNumber, Ordinal, Reason, StreamId, Timestamp};
 
 /// `content_keys.activated_for` of a key that every rendition must go over to.
@@ -78,8 +78,13 @@ impl Store {
             .bind(stream.as_str())
             .fetch_all(&mut *tx)
             .await?;
+        let renditions = sqlx::query("SELECT * FROM renditions WHERE stream_id = ?")
+            .bind(stream.as_str())
+            .fetch_all(&mut *tx)
+            .await?;
         tx.commit().await?;
         Ok(StoredStream {
+            renditions: renditions.iter().map(RenditionRow::read).collect::<Result<_, _>>()?,
             deks: deks.iter().map(DekRow::read).collect::<Result<_, _>>()?,
             keys: keys.iter().map(KeyRow::read).collect::<Result<_, _>>()?,
             boundaries: boundaries.iter().map(BoundaryRow::read).collect::<Result<_, _>>()?,
@@ -116,14 +121,16 @@ impl Store {
         let mut stored = Vec::with_capacity(keys.len());
         for key in keys {
             sqlx::query(
-                "INSERT INTO content_keys (id, stream_id, ordinal, dek_id, method, wrapped, state, created_at)
-                 VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                "INSERT INTO content_keys (id, stream_id, ordinal, dek_id, method, iv_mode, wrapped, state,
+                                           created_at)
+                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
             )
             .bind(key.id.to_string())
             .bind(stream.as_str())
             .bind(key.ordinal.0)
             .bind(key.dek.to_string())
             .bind(key.method.name())
+            .bind(key.iv_mode.name())
             .bind(&key.wrapped)
             .bind(KeyState::PreActive.name())
             .bind(key.created_at.as_unix_millis())
@@ -156,6 +163,37 @@ impl Store {
         .bind(if forced { FORCED } else { Reason::Count.name() })
         .bind(stream.as_str())
         .bind(ordinal.0)
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
+    /// Says that every rendition must go over to an active key.
+    pub async fn force(&self, stream: &StreamId, ordinal: Ordinal) -> Result<(), StoreError> {
+        sqlx::query(
+            "UPDATE content_keys SET activated_for = ? WHERE stream_id = ? AND ordinal = ? AND state = 'active'",
+        )
+        .bind(FORCED)
+        .bind(stream.as_str())
+        .bind(ordinal.0)
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
+    /// Stores what a restart must know of a rendition.
+    pub async fn put_rendition(&self, stream: &StreamId, row: &RenditionRow) -> Result<(), StoreError> {
+        sqlx::query(
+            "INSERT INTO renditions (stream_id, rendition, ended, keeps_all, longest_playlist_millis)
+             VALUES (?, ?, ?, ?, ?)
+             ON CONFLICT (stream_id, rendition) DO UPDATE SET ended = excluded.ended,
+                keeps_all = excluded.keeps_all, longest_playlist_millis = excluded.longest_playlist_millis",
+        )
+        .bind(stream.as_str())
+        .bind(&row.rendition)
+        .bind(row.ended)
+        .bind(row.keeps_all)
+        .bind(i64::try_from(row.longest_playlist.as_millis()).unwrap_or(i64::MAX))
         .execute(&self.pool)
         .await?;
         Ok(())
@@ -206,8 +244,8 @@ impl Store {
         for (seq, (row, reason)) in (have..).zip(rows) {
             let added = sqlx::query(
                 "INSERT INTO boundaries (stream_id, rendition, seq, epoch, ordinal, first_msn, reason,
-                                         edge_first, edge_end, ended, created_at)
-                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                                         edge_first, edge_end, created_at)
+                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
             )
             .bind(stream.as_str())
             .bind(&row.rendition)
@@ -218,7 +256,6 @@ impl Store {
             .bind(reason.name())
             .bind(signed(row.edge.first))
             .bind(signed(row.edge.end))
-            .bind(row.ended)
             .bind(now.as_unix_millis())
             .execute(&mut *tx)
             .await?;
@@ -246,7 +283,7 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keys::{Boundary, DekId, DekVersion, Edge, KeyMethod};
+    use crate::keys::{Boundary, DekId, DekVersion, Edge, IvMode, KeyMethod};
 
     const NOW: Timestamp = Timestamp::from_unix_millis(1_700_000_000_000);
 
@@ -276,6 +313,7 @@ mod tests {
             ordinal: Ordinal(ordinal),
             dek: DekId::from_bytes([1; 16]),
             method: KeyMethod::Aes128,
+            iv_mode: IvMode::Segment,
             wrapped: vec![n; 76],
             state: KeyState::PreActive,
             created_at: NOW,
@@ -291,7 +329,6 @@ mod tests {
             rendition: "/live/720p.m3u8".into(),
             boundary: Boundary { epoch: 0, ordinal: Ordinal(ordinal), first: msn(first) },
             edge: Edge { first: msn(first), end: msn(first + 8) },
-            ended: false,
         };
         (row, Reason::Count)
     }
@@ -341,6 +378,16 @@ mod tests {
     async fn what_was_stored_is_there_after_opening_again() {
         let (store, stream, dir) = store().await;
         store.put_keys(&stream, &[key(5, 0)]).await.unwrap();
+        let mut rendition = RenditionRow {
+            rendition: "/live/720p.m3u8".into(),
+            ended: false,
+            keeps_all: true,
+            longest_playlist: Duration::from_secs(48),
+        };
+        store.put_rendition(&stream, &rendition).await.unwrap();
+        rendition.ended = true;
+        store.put_rendition(&stream, &rendition).await.unwrap();
+        assert_eq!(store.load(&stream).await.unwrap().renditions, [rendition]);
         let before = store.load(&stream).await.unwrap();
         store.close().await;
         let again = Store::open(&dir.path().join("test.db")).await.unwrap();

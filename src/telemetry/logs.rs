@@ -26,6 +26,14 @@ impl FromStr for LogFormat {
     }
 }
 
+/// Whether a filter can be read.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_log_filter(filter: &str) -> Result<(), String> {
+    EnvFilter::try_new(filter).map(|_| ()).map_err(|error| error.to_string())
+}
+
 /// Starts logging. `filter` is a level or a list of `target=level`, as tracing's `EnvFilter` reads it.
 ///
 /// # Errors

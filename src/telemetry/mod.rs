@@ -3,5 +3,5 @@
 mod logs;
 mod metrics;
 
-pub use logs::{LogFormat, init as init_logs};
+pub use logs::{LogFormat, check_log_filter, init as init_logs};
 pub use metrics::Metrics;

@@ -142,6 +142,26 @@ fn a_master_key_that_others_may_read_ends_the_start_with_one_line() {
 }
 
 #[test]
+fn a_database_belongs_to_one_process() {
+    let demo = Running::demo();
+    let free = || format!("127.0.0.1:{}", free_port());
+    let output = keyshield(&[
+        "demo",
+        "--data",
+        demo.dir().join("data").to_str().unwrap(),
+        "--listen",
+        &free(),
+        "--control-listen",
+        &free(),
+        "--origin-listen",
+        &free(),
+    ]);
+    let (code, line) = failure(&output);
+    assert_eq!(code, 1);
+    assert!(line.contains("another keyshield"), "{line}");
+}
+
+#[test]
 fn inspect_describes_the_demo_before_and_behind_the_shield() {
     let demo = Running::demo();
     let clear = keyshield(&["inspect", &format!("{}/demo/master.m3u8", demo.origin)]);

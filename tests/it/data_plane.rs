@@ -175,6 +175,35 @@ fn a_body_whose_end_cannot_be_proven_is_refused() {
 }
 
 #[test]
+fn a_transfer_coding_that_is_not_chunked_proves_no_end() {
+    let (_origin, shield) = stream(|_| {
+        let answer = Answer::ok(media()).header("Transfer-Encoding", "identity");
+        Answer { framing: Framing::Close, cut_after: Some(1_000), ..answer }
+    });
+    assert_eq!(get(&first_segment(&shield).url).status, 502);
+}
+
+#[test]
+fn http_1_0_gets_a_length_or_nothing() {
+    let whole = Arc::new(AtomicUsize::new(0));
+    let tries = Arc::clone(&whole);
+    let (_origin, shield) = stream(move |_| {
+        let cut_after = (tries.fetch_add(1, Ordering::SeqCst) == 0).then_some(150_000);
+        Answer { framing: Framing::Chunked, cut_after, ..Answer::ok(media()) }
+    });
+    let segment = first_segment(&shield);
+    let curl = || {
+        std::process::Command::new("curl")
+            .args(["-s", "-f", "--http1.0", &segment.url])
+            .output()
+            .expect("curl is installed")
+    };
+    assert!(!curl().status.success(), "curl took the part for the whole");
+    let got = Got { status: 200, headers: vec![], body: curl().stdout };
+    assert!(decrypt(&segment, &got) == media());
+}
+
+#[test]
 fn a_chunked_origin_gives_a_chunked_answer_that_decrypts() {
     let (_origin, shield) = stream(|_| Answer { framing: Framing::Chunked, ..Answer::ok(media()) });
     let segment = first_segment(&shield);
@@ -224,6 +253,7 @@ fn ranges_are_answered_on_complete_flows() {
     assert!(part("bytes=-16").body == whole[300_000..]);
     let outside = part("bytes=300016-");
     assert_eq!((outside.status, outside.header("content-range")), (416, Some("bytes */300016")));
+    assert_eq!(outside.header("cache-control"), Some("no-store"));
     let several = part("bytes=0-1,5-6");
     assert_eq!((several.status, several.body.len()), (200, 300_016));
 }
@@ -334,13 +364,56 @@ fn a_playlist_is_told_by_its_content_and_comes_out_of_gzip() {
         "/live/not-really.m3u8" => Answer::ok("<html>an error page</html>"),
         _ => Answer::ok(PLAYLIST),
     });
-    let shield = Running::serve(&config(&origin, ""));
+    let shield = Running::serve(&config(&origin, "query_params = [\"channel\"]\n"));
     let got = shield.get("/live/watch?channel=1");
     assert_eq!(got.status, 200);
     assert_eq!(got.header("content-type"), Some("application/vnd.apple.mpegurl"));
     assert_eq!(segments(&shield.at("/live/watch"), &got.text()).len(), 3);
     assert!(origin.last("/live/watch?channel=1").headers["accept-encoding"].contains("gzip"));
     assert_eq!(shield.get("/live/not-really.m3u8").status, 403);
+}
+
+#[test]
+fn viewers_queries_neither_reach_the_origin_nor_multiply_playlists() {
+    let (origin, shield) = stream(|_| Answer::ok(media()));
+    let first = shield.get("/live/index.m3u8?token=a");
+    for query in ["?token=b", "?CMCD=bl%3D100", ""] {
+        assert_eq!(shield.get(&format!("/live/index.m3u8{query}")).body, first.body);
+    }
+    assert!(origin.targets().iter().all(|target| target == "/live/index.m3u8"), "{:?}", origin.targets());
+}
+
+#[test]
+fn playlists_that_a_query_chooses_have_schedules_of_their_own() {
+    let origin = Origin::start(|request| match request.target.as_str() {
+        "/live/index.m3u8" => Answer::ok(PLAYLIST),
+        "/live/index.m3u8?start=1000" => Answer::ok(PLAYLIST.replace("SEQUENCE:10", "SEQUENCE:1000")),
+        _ => Answer::ok(media()),
+    });
+    let shield = Running::serve(&config(&origin, "query_params = [\"start\"]\n"));
+    let now = || shield.get("/live/index.m3u8").body;
+    let before = now();
+    assert_eq!(shield.get("/live/index.m3u8?start=1000").status, 200);
+    assert_eq!(now(), before, "one viewer's time shift changes nobody's keys");
+}
+
+#[test]
+fn segments_that_a_query_chooses_are_not_taken_for_one_another() {
+    let playlist = |r: u32| format!("#EXTM3U\n#EXTINF:4,\nseg?r={r}\n");
+    let origin = Origin::start(move |request| match request.target.as_str() {
+        "/live/720.m3u8" => Answer::ok(playlist(720)),
+        "/live/1080.m3u8" => Answer::ok(playlist(1080)),
+        "/live/seg?r=720" => Answer::ok(vec![72; 5_000]),
+        "/live/seg?r=1080" => Answer::ok(vec![108; 5_000]),
+        _ => Answer::status(403),
+    });
+    let shield = Running::serve(&config(&origin, ""));
+    for (name, byte) in [("720", 72), ("1080", 108)] {
+        let segment = fetch_segments(&shield.at(&format!("/live/{name}.m3u8"))).remove(0);
+        // Whoever leaves the query out gets the origin's refusal, and nobody else does.
+        assert_eq!(get(segment.url.split('?').next().unwrap()).status, 403);
+        assert_eq!(decrypt(&segment, &get(&segment.url)), vec![byte; 5_000]);
+    }
 }
 
 #[test]
@@ -357,7 +430,8 @@ fn a_playlist_may_be_kept_for_half_its_target_duration_and_has_an_etag() {
     let preflight = ask("OPTIONS", &shield.at("/live/index.m3u8"), &[("Origin", "https://a.example")]);
     assert_eq!(preflight.status, 204);
     assert_eq!(preflight.header("access-control-allow-origin"), Some("*"));
-    assert_eq!(ask("POST", &shield.at("/live/index.m3u8"), &[]).status, 405);
+    let post = ask("POST", &shield.at("/live/index.m3u8"), &[]);
+    assert_eq!((post.status, post.header("allow")), (405, Some("GET, HEAD, OPTIONS")));
 }
 
 #[test]
@@ -383,6 +457,41 @@ fn a_playlist_that_cannot_be_rewritten_is_a_502_with_its_line() {
         assert!(got.problem().contains(reason), "{}", got.problem());
     }
     assert_eq!(shield.get("/live/missing.m3u8").status, 404);
+}
+
+#[test]
+fn a_multivariant_playlist_names_nothing_that_would_play_in_clear() {
+    let origin = Origin::start(|request| match request.target.as_str() {
+        "/live/good.m3u8" => Answer::ok("#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\nindex.m3u8\n"),
+        "/live/clear.m3u8" => Answer::ok("#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\n/shared/audio.m3u8\n"),
+        _ => Answer::ok(PLAYLIST),
+    });
+    let shield = Running::serve(&config(&origin, "pass_through = true\n"));
+    assert_eq!(shield.get("/live/good.m3u8").status, 200);
+    let got = shield.get("/live/clear.m3u8");
+    assert_eq!(got.status, 502);
+    assert!(got.problem().contains("outside every stream"), "{}", got.problem());
+}
+
+#[test]
+fn an_empty_live_playlist_is_served_and_costs_no_key() {
+    let empty = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXT-X-MEDIA-SEQUENCE:0\n";
+    let origin = Origin::start(move |_| Answer::ok(empty));
+    let shield = Running::serve(&config(&origin, ""));
+    assert_eq!(shield.get("/live/index.m3u8").text(), empty);
+    assert_eq!(shield.metric("keyshield_key_promotions_total"), 1.0, "only the stream's first");
+}
+
+#[test]
+fn a_change_of_policy_does_not_touch_what_was_published() {
+    let (origin, shield) = stream(|_| Answer::ok(media()));
+    let (playlist, segment) = (shield.get("/live/index.m3u8").body, first_segment(&shield));
+    let body = get(&segment.url).body;
+    let dir = shield.kill();
+    let policy = "[streams.policy]\nkey_method = \"AES-256\"\niv_mode = \"sequence\"\n";
+    let again = Running::serve_in(dir, &(config(&origin, "") + policy));
+    assert_eq!(again.get("/live/index.m3u8").body, playlist);
+    assert!(get(&first_segment(&again).url).body == body);
 }
 
 #[test]

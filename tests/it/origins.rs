@@ -34,12 +34,61 @@ fn the_next_address_is_asked_when_one_is_down_or_fails() {
 }
 
 #[test]
+fn what_is_passed_through_goes_to_the_next_address_too() {
+    let dead = format!("http://127.0.0.1:{}", free_port());
+    let well = Origin::start(|_| Answer::ok("poster"));
+    let config = config(&[&dead, &well.url()], "").replace("urls", "pass_through = true\nurls");
+    let shield = Running::serve(&config);
+    let got = shield.get("/poster.jpg");
+    assert_eq!((got.status, got.text().as_str()), (200, "poster"));
+}
+
+#[test]
+fn a_slow_origin_does_not_keep_those_waiting_who_could_have_a_stale_playlist() {
+    let slow = Arc::new(AtomicBool::new(false));
+    let gate = crate::origin::Gate::new();
+    let (held, is_slow) = (gate.clone(), Arc::clone(&slow));
+    let origin = Origin::start(move |_| {
+        let gate = is_slow.load(Ordering::SeqCst).then(|| (10, held.clone()));
+        Answer { gate, ..Answer::ok(PLAYLIST) }
+    });
+    let shield = Running::serve(&config(&[&origin.url()], "[playlists]\ntimeout_secs = 3\n"));
+    let good = shield.get("/live/index.m3u8").body;
+    slow.store(true, Ordering::SeqCst);
+    wait_for("a stale playlist", || {
+        assert_eq!(shield.get("/live/index.m3u8").body, good);
+        (shield.metric("keyshield_stale_playlists_total") > 0.0).then_some(())
+    });
+    gate.open();
+}
+
+#[test]
+fn a_playlist_that_is_just_being_written_is_not_taken_for_its_end() {
+    let broken = Arc::new(AtomicBool::new(false));
+    let now = Arc::clone(&broken);
+    let origin = Origin::start(move |_| match now.load(Ordering::SeqCst) {
+        false => Answer::ok(PLAYLIST),
+        true => Answer::ok(""),
+    });
+    let shield = Running::serve(&config(&[&origin.url()], ""));
+    let good = shield.get("/live/index.m3u8").body;
+    broken.store(true, Ordering::SeqCst);
+    wait_for("a stale playlist", || {
+        let got = shield.get("/live/index.m3u8");
+        assert_eq!((got.status, &got.body), (200, &good));
+        (shield.metric("keyshield_stale_playlists_total") > 0.0).then_some(())
+    });
+}
+
+#[test]
 fn when_every_address_fails_the_answer_says_so() {
     let dead = format!("http://127.0.0.1:{}", free_port());
     let shield = Running::serve(&config(&[&dead], ""));
     let got = shield.get("/live/index.m3u8");
     assert_eq!(got.status, 502);
-    assert!(got.problem().contains("origin main"), "{}", got.problem());
+    assert!(got.problem().contains("origin main cannot be reached"), "{}", got.problem());
+    // Where the origin is, is nobody's business: it stands in the log.
+    assert!(!got.problem().contains("127.0.0.1") && shield.logged().contains(&dead), "{}", got.problem());
 }
 
 #[test]

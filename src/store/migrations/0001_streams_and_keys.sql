@@ -23,6 +23,7 @@ CREATE TABLE content_keys (
     ordinal        INTEGER NOT NULL,
     dek_id         TEXT    NOT NULL REFERENCES deks (id),
     method         TEXT    NOT NULL,
+    iv_mode        TEXT    NOT NULL,
     wrapped        BLOB    NOT NULL,
     state          TEXT    NOT NULL,
     created_at     BIGINT  NOT NULL,
@@ -46,7 +47,17 @@ CREATE TABLE boundaries (
     -- The window that the boundary was planned from.
     edge_first  BIGINT  NOT NULL,
     edge_end    BIGINT  NOT NULL,
-    ended       BOOLEAN NOT NULL,
     created_at  BIGINT  NOT NULL,
     PRIMARY KEY (stream_id, rendition, seq)
+);
+
+-- What a restart must know of a rendition besides its boundaries.
+CREATE TABLE renditions (
+    stream_id               TEXT    NOT NULL REFERENCES streams (id),
+    rendition               TEXT    NOT NULL,
+    -- Nothing will be appended; nothing will be removed.
+    ended                   BOOLEAN NOT NULL,
+    keeps_all               BOOLEAN NOT NULL,
+    longest_playlist_millis BIGINT  NOT NULL,
+    PRIMARY KEY (stream_id, rendition)
 );
