@@ -6,6 +6,8 @@
 //!
 //! Deliberately absent: playlist text and HTTP.
 
+mod extend;
+mod load;
 mod stream;
 #[cfg(test)]
 mod tests;

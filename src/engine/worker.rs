@@ -1,7 +1,8 @@
-//! The one who changes streams: loads them, extends schedules, sweeps, and carries out what was decided.
+//! The one who changes streams: sweeps, and carries out what was decided.
 //!
 //! The order of writes is what makes a crash harmless: a key is stored before a boundary names it, the
 //! boundary before a playlist shows it; a promotion that was lost in between is the next sweep's to repeat.
+//! How streams are loaded stands in `load.rs`, how schedules grow in `extend.rs`; both are parts of [`Core`].
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -9,19 +10,16 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
-use super::stream::{
-    Call, ClearInitSigner, KeyLife, Known, LiveKey, MAX_RENDITIONS, Rendition, Rotation, Stream,
-};
-use super::{ATTEMPTS, EngineError, EngineStatus, Extend, RESET_INTERVAL, Shared, WorkerSeat};
-use crate::entropy;
+use super::stream::{KeyLife, MAX_RENDITIONS, Rotation, Stream};
+use super::{EngineStatus, Extend, Shared, WorkerSeat};
 use crate::keys::{
-    Boundary, CONTENT_SECRET_LEN, ContentSecrets, Context, DataEncryptionKey, DekId, DekVersion, Edge,
-    EnvelopeError, KeyId, KeyOp, KeyState, NONCE_LEN, Ordinal, PlaylistWindow, Reason, Schedule, SecretError,
-    Timestamp, open, seal, sweep,
+    DataEncryptionKey, DekId, DekVersion, EnvelopeError, KeyId, KeyOp, KeyState, Ordinal, Reason,
+    SecretError, Timestamp, sweep,
 };
 use crate::kms::{LocalKms, MasterKeyError};
-use crate::store::{BoundaryRow, DekRow, KeyRow, Store, StoreError, StoredStream};
+use crate::store::{Store, StoreError};
 
 /// A newest key this much older than its interval counts as overdue (the guide's threshold).
 const OVERDUE_AFTER: Duration = Duration::from_secs(60 * 60);
@@ -51,10 +49,10 @@ pub enum WorkerError {
 }
 
 /// A stream's unwrapped DEK, by which new keys are wrapped.
-struct Dek {
-    id: DekId,
-    version: DekVersion,
-    key: DataEncryptionKey,
+pub(super) struct Dek {
+    pub(super) id: DekId,
+    pub(super) version: DekVersion,
+    pub(super) key: DataEncryptionKey,
 }
 
 /// Owns the store and the KMS. Everything that changes a stream goes through it.
@@ -63,11 +61,11 @@ pub struct Worker {
     asked: mpsc::Receiver<Extend>,
 }
 
-struct Core {
-    shared: Arc<Shared>,
-    store: Store,
+pub(super) struct Core {
+    pub(super) shared: Arc<Shared>,
+    pub(super) store: Store,
     /// The newest DEK of each stream, by the stream's ID.
-    deks: HashMap<String, Dek>,
+    pub(super) deks: HashMap<String, Dek>,
 }
 
 impl Worker {
@@ -94,8 +92,10 @@ impl Worker {
     /// when one of the two tasks has ended early, which is a defect.
     pub async fn run(mut self, interval: Duration) {
         let core = Arc::clone(&self.core);
-        // A task of its own: a long sweep must not keep playlists waiting.
-        let mut sweeps = tokio::spawn(async move {
+        // A task of its own, because a long sweep must not keep playlists waiting; in a set, so that it ends
+        // with this one.
+        let mut sweeps = JoinSet::new();
+        sweeps.spawn(async move {
             let mut ticks = tokio::time::interval(interval);
             ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             loop {
@@ -110,247 +110,22 @@ impl Worker {
                     let core = Arc::clone(&self.core);
                     tokio::spawn(async move { core.answer(extend).await });
                 }
-                ended = &mut sweeps => {
+                ended = sweeps.join_next() => {
                     tracing::error!(?ended, "the sweeps ended");
                     return;
                 }
             }
         }
-        sweeps.abort();
     }
 }
 
 impl Core {
-    fn now(&self) -> Timestamp {
+    pub(super) fn now(&self) -> Timestamp {
         self.shared.clock.now()
     }
 
-    async fn load_stream(&mut self, stream: &Stream, kms: &LocalKms) -> Result<(), WorkerError> {
-        let id = &stream.settings.id;
-        let now = self.now();
-        self.store.ensure_stream(id, now).await?;
-        let mut stored = self.store.load(id).await?;
-        if stored.deks.is_empty() {
-            stored.deks.push(self.make_dek(stream, kms).await?);
-        }
-        let mut deks = Vec::with_capacity(stored.deks.len());
-        for row in &stored.deks {
-            let context = Context::Dek { stream: id, dek: row.id, version: row.version };
-            let key = kms.unwrap(&row.kek_id, &context, &row.wrapped)?;
-            deks.push(Dek { id: row.id, version: row.version, key });
-        }
-        let known = self.unwrap_all(stream, &stored, &deks, now)?;
-        *stream.known.write() = known;
-        // `stored.deks` is never empty here.
-        if let Some(newest) = deks.pop() {
-            self.deks.insert(id.to_string(), newest);
-        }
-        tracing::info!(stream = %id, keys = stored.keys.len(), boundaries = stored.boundaries.len(), "stream loaded");
-        Ok(())
-    }
-
-    async fn make_dek(&self, stream: &Stream, kms: &LocalKms) -> Result<DekRow, WorkerError> {
-        let id = &stream.settings.id;
-        let (dek, version) = (DekId::from_bytes(*entropy::random()), DekVersion(1));
-        let key = DataEncryptionKey::from_bytes(*entropy::random());
-        let row = DekRow {
-            id: dek,
-            version,
-            kek_id: kms.kek_id(),
-            wrapped: kms.wrap(&Context::Dek { stream: id, dek, version }, &key),
-            created_at: self.now(),
-        };
-        Ok(self.store.put_dek(id, &row).await?)
-    }
-
-    fn unwrap_all(
-        &self,
-        stream: &Stream,
-        stored: &StoredStream,
-        deks: &[Dek],
-        now: Timestamp,
-    ) -> Result<Known, WorkerError> {
-        let settings = &stream.settings;
-        let mut known = Known::default();
-        for row in &stored.keys {
-            known.lives.insert(row.ordinal, life(row));
-            if row.state == KeyState::Destroyed {
-                continue;
-            }
-            let no_dek = || WorkerError::NoDek { stream: settings.id.to_string() };
-            let dek = deks.iter().find(|dek| dek.id == row.dek).ok_or_else(no_dek)?;
-            let live = Arc::new(unwrap_key(stream, row, dek, now)?);
-            self.shared.keys.write().insert(row.id, Arc::clone(&live));
-            known.live_keys.insert(row.ordinal, live);
-        }
-        for dek in deks {
-            let link = dek.key.clear_init_link_key();
-            let signer = Arc::new(ClearInitSigner { stream: settings.id.clone(), dek: dek.id, link });
-            self.shared.clear_inits.write().insert(dek.id, Arc::clone(&signer));
-            known.clear_init = Some(signer);
-        }
-        known.renditions = renditions(&stored.boundaries, now);
-        for row in &stored.renditions {
-            if let Some(own) = known.renditions.get_mut(&row.rendition) {
-                own.ended = row.ended;
-                own.keeps_all = row.keeps_all;
-                own.longest_playlist = row.longest_playlist;
-                own.stored = Some(row.clone());
-            }
-        }
-        Ok(known)
-    }
-
-    async fn answer(&self, extend: Extend) {
-        let Extend { stream, rendition, window, reply } = extend;
-        let extended = self.extend(&stream, &rendition, &window).await;
-        if let Err(error) = &extended {
-            tracing::error!(stream = %stream.settings.id, rendition, %error, "schedule not extended");
-        }
-        if let Some(reply) = reply {
-            // Who asked may have gone away.
-            let _ = reply.send(extended.map_err(|error| EngineError::Failed(error.to_string())));
-        }
-    }
-
-    /// Stores the boundaries that a window calls for, and the keys that they name before them.
-    async fn extend(
-        &self,
-        stream: &Arc<Stream>,
-        rendition: &str,
-        window: &PlaylistWindow,
-    ) -> Result<(), WorkerError> {
-        let _changing = stream.changing.lock().await;
-        let extended = self.store_boundaries(stream, rendition, window).await;
-        stream.settle(rendition);
-        extended
-    }
-
-    async fn store_boundaries(
-        &self,
-        stream: &Stream,
-        rendition: &str,
-        window: &PlaylistWindow,
-    ) -> Result<(), WorkerError> {
-        let id = &stream.settings.id;
-        let edge = Edge { first: window.first, end: window.end };
-        for _ in 0..ATTEMPTS {
-            let Some(Call { planned, have, .. }) = stream.propose(rendition, window) else { return Ok(()) };
-            let Some(&(highest, reason)) = planned.last() else { return Ok(()) };
-            if have == 0 && stream.known.read().renditions.len() >= MAX_RENDITIONS {
-                return Err(WorkerError::TooManyRenditions { stream: id.to_string() });
-            }
-            let resets = planned.iter().any(|(_, reason)| *reason == Reason::Reset);
-            if resets && self.resets_too_often(stream, rendition) {
-                return Err(WorkerError::Flapping {
-                    stream: id.to_string(),
-                    rendition: rendition.to_owned(),
-                });
-            }
-            self.make_keys_up_to(stream, highest.ordinal).await?;
-            let row = |boundary| BoundaryRow { rendition: rendition.to_owned(), boundary, edge };
-            let rows: Vec<_> = planned.iter().map(|&(boundary, reason)| (row(boundary), reason)).collect();
-            if self.store.add_boundaries(id, have, &rows, self.now()).await? {
-                let boundaries: Vec<_> = planned.iter().map(|(boundary, _)| *boundary).collect();
-                self.know_boundaries(stream, rendition, window, &boundaries);
-                return self.promote(stream, highest.ordinal, false, reason.name()).await;
-            }
-            // Another node was first: what it stored is the schedule.
-            let stored = self.store.load(id).await?;
-            self.take_schedules(stream, &stored.boundaries);
-        }
-        Err(WorkerError::Contended { stream: id.to_string(), rendition: rendition.to_owned() })
-    }
-
-    /// Whether a rendition's numbers jumped back a moment ago; notes that they do now.
-    fn resets_too_often(&self, stream: &Stream, rendition: &str) -> bool {
-        let now = self.now();
-        let mut known = stream.known.write();
-        let Some(own) = known.renditions.get_mut(rendition) else { return false };
-        let too_often = own.reset_at.is_some_and(|at| now.since(at) < RESET_INTERVAL);
-        if !too_often {
-            own.reset_at = Some(now);
-        }
-        too_often
-    }
-
-    fn know_boundaries(&self, stream: &Stream, rendition: &str, window: &PlaylistWindow, more: &[Boundary]) {
-        let mut known = stream.known.write();
-        let edge = Edge { first: window.first, end: window.end };
-        let own = known.renditions.entry(rendition.to_owned()).or_insert_with(|| Rendition {
-            schedule: Arc::default(),
-            edge,
-            ended: window.ended,
-            keeps_all: window.keeps_all,
-            last_served_at: self.now(),
-            longest_playlist: Duration::ZERO,
-            stored: None,
-            reset_at: None,
-            pending: None,
-        });
-        own.schedule = Arc::new(own.schedule.extended(more));
-        // Or the next request would take the same jump back for another one.
-        own.see(window);
-    }
-
-    fn take_schedules(&self, stream: &Stream, rows: &[BoundaryRow]) {
-        let mut known = stream.known.write();
-        for (name, theirs) in renditions(rows, self.now()) {
-            match known.renditions.get_mut(&name) {
-                Some(own) => own.schedule = theirs.schedule,
-                None => {
-                    known.renditions.insert(name, theirs);
-                }
-            }
-        }
-    }
-
-    /// Makes the keys that are missing up to `highest`. Needs no KMS: the DEK is in memory.
-    async fn make_keys_up_to(&self, stream: &Stream, highest: Ordinal) -> Result<(), WorkerError> {
-        let next = stream.known.read().lives.keys().next_back().map_or(0, |last| last.0 + 1);
-        if next > highest.0 {
-            return Ok(());
-        }
-        let settings = &stream.settings;
-        let dek = self.deks.get(settings.id.as_str());
-        let dek = dek.ok_or_else(|| WorkerError::NoDek { stream: settings.id.to_string() })?;
-        let drafts: Vec<_> = (next..=highest.0).map(|o| self.draft_key(stream, dek, Ordinal(o))).collect();
-        let stored = self.store.put_keys(&settings.id, &drafts).await?;
-        for row in stored {
-            // Where another node was first, the key is its, and not our draft.
-            let live = Arc::new(unwrap_key(stream, &row, dek, self.now())?);
-            self.shared.keys.write().insert(live.id, Arc::clone(&live));
-            let mut known = stream.known.write();
-            known.lives.insert(row.ordinal, life(&row));
-            known.live_keys.insert(row.ordinal, live);
-        }
-        Ok(())
-    }
-
-    fn draft_key(&self, stream: &Stream, dek: &Dek, ordinal: Ordinal) -> KeyRow {
-        let settings = &stream.settings;
-        let method = settings.policy.key_method;
-        let id = KeyId::from_bytes(*entropy::random());
-        let secrets = ContentSecrets::from_random(method, &entropy::random::<CONTENT_SECRET_LEN>());
-        let context = Context::Content { stream: &settings.id, key: id, ordinal, version: dek.version };
-        let nonce = *entropy::random::<NONCE_LEN>();
-        KeyRow {
-            id,
-            ordinal,
-            dek: dek.id,
-            method,
-            iv_mode: settings.policy.iv_mode,
-            wrapped: seal(dek.key.expose(), nonce, &context, &secrets.to_plaintext()),
-            state: KeyState::PreActive,
-            created_at: self.now(),
-            activated_at: None,
-            forced: false,
-            deactivated_at: None,
-        }
-    }
-
     /// Promotes the waiting keys up to `ordinal`, in the store and then in memory.
-    async fn promote(
+    pub(super) async fn promote(
         &self,
         stream: &Stream,
         ordinal: Ordinal,
@@ -480,51 +255,4 @@ impl Core {
         let mut status = self.shared.status.write();
         *status = EngineStatus { rotating, overdue_rotations: overdue, ..*status };
     }
-}
-
-fn life(row: &KeyRow) -> KeyLife {
-    KeyLife {
-        state: row.state,
-        activated_at: row.activated_at,
-        forced: row.forced,
-        deactivated_at: row.deactivated_at,
-    }
-}
-
-fn unwrap_key(stream: &Stream, row: &KeyRow, dek: &Dek, now: Timestamp) -> Result<LiveKey, WorkerError> {
-    let settings = &stream.settings;
-    let name = || settings.id.to_string();
-    let context =
-        Context::Content { stream: &settings.id, key: row.id, ordinal: row.ordinal, version: dek.version };
-    let plaintext = open(dek.key.expose(), &context, &row.wrapped).map_err(|source| WorkerError::Unwrap {
-        stream: name(),
-        key: row.id,
-        source,
-    })?;
-    let secrets = ContentSecrets::from_plaintext(row.method, &plaintext)
-        .map_err(|source| WorkerError::Secret { stream: name(), key: row.id, source })?;
-    Ok(LiveKey::new(&settings.id, row, secrets, now))
-}
-
-/// Schedules out of rows, which come by rendition and in order.
-fn renditions(rows: &[BoundaryRow], now: Timestamp) -> BTreeMap<String, Rendition> {
-    let mut renditions = BTreeMap::new();
-    for rows in rows.chunk_by(|a, b| a.rendition == b.rendition) {
-        // `chunk_by` gives no empty chunks.
-        let Some(last) = rows.last() else { continue };
-        let boundaries = rows.iter().map(|row| row.boundary).collect();
-        let rendition = Rendition {
-            schedule: Arc::new(Schedule::from_rows(boundaries)),
-            edge: last.edge,
-            ended: false,
-            keeps_all: false,
-            last_served_at: now,
-            longest_playlist: Duration::ZERO,
-            stored: None,
-            reset_at: None,
-            pending: None,
-        };
-        renditions.insert(last.rendition.clone(), rendition);
-    }
-    renditions
 }

@@ -214,10 +214,6 @@ impl Mounts {
         self.0.iter()
     }
 
-    pub fn by_origin(&self, origin: &str) -> Option<&Mount> {
-        self.0.iter().find(|mount| mount.origin == origin)
-    }
-
     /// The place that a path of the shield names: the longest mount path wins.
     pub fn locate<'m>(&'m self, shield_path: &str) -> Option<Place<'m>> {
         self.0

@@ -268,12 +268,6 @@ impl Store {
         Ok(true)
     }
 
-    /// Whether the database answers.
-    pub async fn ping(&self) -> Result<(), StoreError> {
-        sqlx::query("SELECT 1").execute(&self.pool).await?;
-        Ok(())
-    }
-
     /// Waits until every connection is closed and the write-ahead log is in the file.
     pub async fn close(&self) {
         self.pool.close().await;
