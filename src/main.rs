@@ -9,7 +9,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use keyshield::app::{self, DemoOptions, RewriteOptions};
 use keyshield::config::{Config, ConfigError, Environment};
-use keyshield::keys::{IvMode, KeyMethod, Policy};
+use keyshield::keys::{IvMode, KeyMethod, Policy, PolicyError};
 use keyshield::telemetry::LogFormat;
 
 const EXAMPLES: &str = "Examples:
@@ -115,6 +115,7 @@ struct RewriteArgs {
     /// Fixed sample keys: the same input gives the same output
     #[arg(long, value_name = "NUMBER")]
     seed: Option<u64>,
+    /// A new key after so many segments
     #[arg(long, value_name = "NUMBER", default_value_t = 100)]
     segments_per_key: u32,
     /// AES-128 or AES-256
@@ -123,6 +124,7 @@ struct RewriteArgs {
     /// segment, period or sequence
     #[arg(long, value_name = "MODE", default_value = "segment", value_parser = iv_mode)]
     iv_mode: IvMode,
+    /// Encrypt EXT-X-MAP sections too
     #[arg(long)]
     encrypt_init_sections: bool,
 }
@@ -142,7 +144,7 @@ fn main() -> ExitCode {
             let colour = if io::stderr().is_terminal() { ("\u{1b}[31m", "\u{1b}[0m") } else { ("", "") };
             // Standard error may be closed; there is nobody left to tell then.
             let _ = writeln!(io::stderr(), "{}keyshield: {error:#}{}", colour.0, colour.1);
-            let wrong_input = error.downcast_ref::<ConfigError>().is_some();
+            let wrong_input = error.is::<ConfigError>() || error.is::<PolicyError>();
             ExitCode::from(if wrong_input { 2 } else { 1 })
         }
     }

@@ -51,7 +51,7 @@ pub(super) enum FlowError {
 }
 
 /// What is known of a flow before its bytes.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct FlowHead {
     pub(super) content_type: Option<String>,
     /// The ciphertext's length, when the origin says the plaintext's.

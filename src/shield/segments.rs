@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::header::{
-    ACCEPT_RANGES, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, IF_NONE_MATCH, IF_RANGE,
-    ORIGIN, RANGE, TRANSFER_ENCODING,
+    ACCEPT_RANGES, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, IF_RANGE, ORIGIN, RANGE,
+    TRANSFER_ENCODING,
 };
 use http::{HeaderName, Method, StatusCode, Version};
 use pingora::http::ResponseHeader;
@@ -58,7 +58,8 @@ impl Signer {
 
 /// A flow and what its answer says besides its bytes.
 pub(super) struct Opened {
-    flow: Arc<Flow>,
+    /// `None` when the client has the bytes already: the origin need not be asked then.
+    flow: Option<Arc<Flow>>,
     etag: String,
     signer: Signer,
 }
@@ -67,7 +68,12 @@ pub(super) struct Opened {
 ///
 /// # Errors
 /// [`Refusal`] for a link that this shield did not write for this path, or whose key is gone.
-pub(super) fn open(shield: &Shield, linked: &LinkedPath, query: Option<&str>) -> Result<Opened, Refusal> {
+pub(super) fn open(
+    shield: &Shield,
+    linked: &LinkedPath,
+    query: Option<&str>,
+    if_none_match: Option<&str>,
+) -> Result<Opened, Refusal> {
     let link = &linked.link;
     if !shield.engine.status().ready {
         return Err(EngineError::NotReady.into());
@@ -94,6 +100,9 @@ pub(super) fn open(shield: &Shield, linked: &LinkedPath, query: Option<&str>) ->
         etag.push_str(&hex::encode(&Sha256::digest(query)[..4]));
     }
     let etag = format!("\"{etag}\"");
+    if if_none_match.is_some_and(|tags| names_etag(tags, &etag)) {
+        return Ok(Opened { flow: None, etag, signer });
+    }
     let cipher = match &signer {
         Signer::Key(key) => {
             let iv = key.secrets.link.iv(key.iv_mode, &resource);
@@ -119,7 +128,7 @@ pub(super) fn open(shield: &Shield, linked: &LinkedPath, query: Option<&str>) ->
         query: fill.query.clone(),
     };
     let flow = shield.flows.get_or_fill(key, |writer| async move { fill.run(&writer).await })?;
-    Ok(Opened { flow, etag, signer })
+    Ok(Opened { flow: Some(flow), etag, signer })
 }
 
 /// Fetches one segment and encrypts it into its flow.
@@ -200,23 +209,28 @@ pub(super) async fn answer(session: &mut Session, shield: &Shield, opened: &Open
     let range = text(RANGE).filter(|_| !is_head);
     // RFC 9110 §13.1.5: without a match, If-Range makes the range void.
     let range = range.filter(|_| text(IF_RANGE).is_none_or(|tag| tag == opened.etag)).map(str::to_owned);
-    let not_modified = text(IF_NONE_MATCH).is_some_and(|tags| names_etag(tags, &opened.etag));
     let version = request.version;
     let origin = request.headers.get(ORIGIN).cloned();
 
-    let head = opened.flow.head().await?;
+    let head = match &opened.flow {
+        Some(flow) => flow.head().await?,
+        None => Arc::default(),
+    };
     let mut total = head.total;
-    if total.is_none() && !not_modified && (range.is_some() || version < Version::HTTP_11) {
+    if let Some(flow) = &opened.flow
+        && total.is_none()
+        && (range.is_some() || version < Version::HTTP_11)
+    {
         // A length that the origin does not say is known when the body is whole. A range needs it, and so does
         // HTTP/1.0, where a body without one ends with the connection, whole or not.
-        total = Some(opened.flow.complete_len().await?);
+        total = Some(flow.complete_len().await?);
     }
     let part = match total {
         Some(total) => wanted(range.as_deref(), total),
         None => Wanted::Whole,
     };
     let (status, bytes) = match &part {
-        _ if not_modified => (StatusCode::NOT_MODIFIED, 0..0),
+        _ if opened.flow.is_none() => (StatusCode::NOT_MODIFIED, 0..0),
         Wanted::Whole => (StatusCode::OK, 0..total.unwrap_or(u64::MAX)),
         Wanted::Part(range) => (StatusCode::PARTIAL_CONTENT, range.clone()),
         Wanted::Unsatisfiable => (StatusCode::RANGE_NOT_SATISFIABLE, 0..0),
@@ -264,10 +278,8 @@ pub(super) async fn answer(session: &mut Session, shield: &Shield, opened: &Open
     let mut sent = 0;
     let outcome = async {
         session.write_response_header(Box::new(header), no_body).await?;
-        if no_body {
-            return Ok(());
-        }
-        let mut reader = opened.flow.read(bytes.clone());
+        let Some(flow) = opened.flow.as_ref().filter(|_| !no_body) else { return Ok(()) };
+        let mut reader = flow.read(bytes.clone());
         loop {
             match reader.next().await {
                 Ok(Some(chunk)) => {

@@ -190,7 +190,8 @@ impl Shield {
             }
             Route::Segment { linked } => {
                 notes.kind = "segment";
-                let opened = segments::open(self, &linked, query.as_deref())?;
+                let known = request.headers.get(IF_NONE_MATCH).and_then(|value| value.to_str().ok());
+                let opened = segments::open(self, &linked, query.as_deref(), known)?;
                 let sent = segments::answer(session, self, &opened).await?;
                 notes.status = sent.status.as_u16();
                 notes.bytes = sent.bytes;

@@ -38,6 +38,7 @@ fn a_bad_argument_is_exit_code_2() {
     assert_eq!(keyshield(&["serve"]).status.code(), Some(2));
     assert_eq!(keyshield(&["demo", "--listen", "nowhere"]).status.code(), Some(2));
     assert_eq!(keyshield(&["no-such-command"]).status.code(), Some(2));
+    assert_eq!(keyshield(&["rewrite", "--segments-per-key", "0", "/dev/null"]).status.code(), Some(2));
 }
 
 #[test]
