@@ -94,6 +94,17 @@ fn a_taken_port_is_one_clear_line() {
 }
 
 #[test]
+fn logs_are_json_lines_when_they_are_asked_for() {
+    let shield = Running::serve("[log]\nformat = \"json\"\n");
+    let logged = shield.logged();
+    assert!(logged.lines().count() >= 1);
+    for line in logged.lines() {
+        let line: serde_json::Value = serde_json::from_str(line).expect(line);
+        assert!(line["timestamp"].is_string() && line["level"].is_string(), "{line}");
+    }
+}
+
+#[test]
 fn the_demo_says_where_it_plays_and_ends_cleanly_on_ctrl_c() {
     let mut demo = Running::demo();
     let logged = demo.logged();

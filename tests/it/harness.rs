@@ -135,6 +135,11 @@ impl Running {
     }
 
     pub fn demo_in(dir: TempDir, origin_port: u16) -> Self {
+        Self::demo_with(dir, origin_port, &[])
+    }
+
+    /// As [`Self::demo_in`], under environment variables.
+    pub fn demo_with(dir: TempDir, origin_port: u16, environment: &[(&str, &str)]) -> Self {
         let (port, control_port) = (free_port(), free_port());
         let mut command = Command::new(KEYSHIELD);
         command.args(["demo", "--log", "trace"]);
@@ -142,6 +147,7 @@ impl Running {
         command.args(["--control-listen", &format!("127.0.0.1:{control_port}")]);
         command.args(["--origin-listen", &format!("127.0.0.1:{origin_port}")]);
         command.arg("--data").arg(dir.path().join("data"));
+        command.envs(environment.iter().copied());
         Self::spawn(command, dir, port, control_port, origin_port)
     }
 

@@ -98,6 +98,19 @@ fn every_segment_of_a_live_minute_decrypts_to_the_origins_bytes() {
 }
 
 #[test]
+fn time_alone_changes_the_key_too() {
+    // Every 4.8 seconds, and never by count.
+    let environment = [("DEFAULT_ROTATION_INTERVAL", "0.08"), ("MAX_SEGMENTS_PER_KEY", "1000000")];
+    let demo = Running::demo_with(tempfile::tempdir().unwrap(), free_port(), &environment);
+    let mut session = Session::default();
+    session.watch(&demo, Duration::from_secs(24));
+    for rendition in RENDITIONS {
+        let keys = session.keys_of(rendition);
+        assert!((3..=6).contains(&keys), "{rendition}: {keys} keys in 24 s and a window of 16 s");
+    }
+}
+
+#[test]
 fn after_kill_9_and_a_restart_what_was_published_still_decrypts() {
     let origin_port = free_port();
     let demo = Running::demo_in(tempfile::tempdir().unwrap(), origin_port);
