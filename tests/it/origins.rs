@@ -207,8 +207,8 @@ impl HttpsOrigin {
         std::fs::write(dir.path().join("live/index.m3u8"), PLAYLIST).unwrap();
         let made = Command::new("openssl")
             .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"])
-            .args(["-keyout", "key.pem", "-out", "cert.pem", "-days", "2", "-subj", "/CN=localhost"])
-            .args(["-addext", "subjectAltName=DNS:localhost"])
+            .args(["-keyout", "key.pem", "-out", "cert.pem", "-days", "2", "-subj", "/CN=keyshield test origin"])
+            .args(["-addext", "subjectAltName=IP:127.0.0.1"])
             .args(["-addext", "basicConstraints=critical,CA:FALSE"])
             .current_dir(dir.path())
             .output()
@@ -239,7 +239,7 @@ impl Drop for HttpsOrigin {
 #[test]
 fn https_origins_are_verified_against_the_authorities() {
     let origin = HttpsOrigin::start();
-    let url = format!("https://localhost:{}", origin.port);
+    let url = format!("https://127.0.0.1:{}", origin.port);
     // `-HTTP` sends the file as it is: it has to hold the whole answer.
     let answer = format!(
         "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{PLAYLIST}",
