@@ -4,13 +4,13 @@
 //! in a thread. The control plane owns the engine's worker and with it the store: both live in its runtime.
 //! The data plane starts when keys are loaded; until then its connections wait in the backlog.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::IntoRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use async_trait::async_trait;
 use axum::Router;
 use parking_lot::Mutex;
@@ -58,6 +58,8 @@ pub(super) fn bind(what: &str, address: SocketAddr) -> anyhow::Result<TcpListene
 pub(super) fn run(config: &Config, extras: Extras) -> anyhow::Result<()> {
     let data_listener = bind("players", config.listen)?;
     let control_listener = bind("operators", config.control_listen)?;
+    // Until the last thread has ended.
+    let _lock = lock(&config.database)?;
     let metrics = Metrics::new();
     let (engine, seat) = Engine::new(streams(config), Clock::System, metrics.clone());
     let failure = Arc::new(Failure::default());
@@ -104,12 +106,19 @@ pub(super) fn run(config: &Config, extras: Extras) -> anyhow::Result<()> {
 /// One process a database: another one would rotate and destroy keys behind this one's back. The lock goes with
 /// the process, however that ends.
 fn lock(database: &Path) -> anyhow::Result<File> {
-    let mut path = database.as_os_str().to_owned();
+    // By whatever name it is called, it is one database.
+    let mut path = database.canonicalize().unwrap_or_else(|_| database.to_owned()).into_os_string();
     path.push(".lock");
+    let path = PathBuf::from(path);
     let file = File::options().create(true).truncate(false).write(true).open(&path);
     let file = file.with_context(|| format!("cannot open {}", path.display()))?;
-    file.try_lock().map_err(|_| anyhow!("another keyshield uses the database {}", database.display()))?;
-    Ok(file)
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => bail!("another keyshield uses the database {}", database.display()),
+        Err(TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("cannot lock {}", path.display()))
+        }
+    }
 }
 
 fn streams(config: &Config) -> Vec<StreamSettings> {
@@ -238,7 +247,6 @@ impl BackgroundService for ControlPlane {
 
 impl ControlStart {
     async fn run(self, shutdown: ShutdownWatch, ready: ServiceReadyNotifier) -> anyhow::Result<()> {
-        let _lock = lock(&self.config.database)?;
         let store = Store::open(&self.config.database).await?;
         let kms = LocalKms::open(&self.config.master_key_file)?;
         let worker = Worker::load(self.seat, store, &kms).await?;
@@ -257,8 +265,10 @@ impl ControlStart {
             served = serve_until(self.listener, self.router, shutdown) => served,
             _ = &mut work => Err(anyhow!("the engine stopped working; this is a defect, see the log")),
         };
-        work.abort();
-        served
+        served?;
+        // Requests that are under way may still ask for boundaries; the runtime's end is the worker's.
+        let _ = work.await;
+        Ok(())
     }
 }
 

@@ -8,11 +8,11 @@ use super::stream::{Call, MAX_RENDITIONS, Rendition, Stream};
 use super::worker::{Core, WorkerError};
 use super::{ATTEMPTS, EngineError, Extend, RESET_INTERVAL};
 use crate::keys::{Boundary, Edge, PlaylistWindow, Reason};
-use crate::store::BoundaryRow;
+use crate::store::{BoundaryRow, RenditionRow};
 
 impl Core {
     pub(super) async fn answer(&self, extend: Extend) {
-        let Extend { stream, rendition, window, reply } = extend;
+        let Extend { stream, rendition, window, reply, _place } = extend;
         let extended = self.extend(&stream, &rendition, &window).await;
         if let Err(error) = &extended {
             tracing::error!(stream = %stream.settings.id, rendition, %error, "schedule not extended");
@@ -60,9 +60,18 @@ impl Core {
             self.make_keys_up_to(stream, highest.ordinal).await?;
             let row = |boundary| BoundaryRow { rendition: rendition.to_owned(), boundary, edge };
             let rows: Vec<_> = planned.iter().map(|&(boundary, reason)| (row(boundary), reason)).collect();
-            if self.store.add_boundaries(id, have, &rows, self.now()).await? {
+            let about = RenditionRow {
+                rendition: rendition.to_owned(),
+                ended: window.ended,
+                keeps_all: window.keeps_all,
+                longest_playlist: Duration::ZERO,
+            };
+            if self.store.add_boundaries(id, have, &rows, &about, self.now()).await? {
                 let boundaries: Vec<_> = planned.iter().map(|(boundary, _)| *boundary).collect();
                 self.know_boundaries(stream, rendition, window, &boundaries);
+                if resets && let Some(own) = stream.known.write().renditions.get_mut(rendition) {
+                    own.reset_at = Some(self.now());
+                }
                 return self.promote(stream, highest.ordinal, false, reason.name()).await;
             }
             // Another node was first: what it stored is the schedule.
@@ -72,16 +81,11 @@ impl Core {
         Err(WorkerError::Contended { stream: id.to_string(), rendition: rendition.to_owned() })
     }
 
-    /// Whether a rendition's numbers jumped back a moment ago; notes that they do now.
+    /// Whether a rendition's numbers jumped back a moment ago.
     fn resets_too_often(&self, stream: &Stream, rendition: &str) -> bool {
-        let now = self.now();
-        let mut known = stream.known.write();
-        let Some(own) = known.renditions.get_mut(rendition) else { return false };
-        let too_often = own.reset_at.is_some_and(|at| now.since(at) < RESET_INTERVAL);
-        if !too_often {
-            own.reset_at = Some(now);
-        }
-        too_often
+        let known = stream.known.read();
+        let reset_at = known.renditions.get(rendition).and_then(|own| own.reset_at);
+        reset_at.is_some_and(|at| self.now().since(at) < RESET_INTERVAL)
     }
 
     fn know_boundaries(&self, stream: &Stream, rendition: &str, window: &PlaylistWindow, more: &[Boundary]) {

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use parking_lot::RwLock;
 use thiserror::Error;
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot};
 
 use stream::NotYet;
 pub use stream::{ClearInitSigner, LiveKey, Published, Rotation, Stream, StreamSettings};
@@ -73,6 +73,8 @@ struct Extend {
     window: PlaylistWindow,
     /// Nobody waits where the boundaries lie ahead of the window.
     reply: Option<oneshot::Sender<Result<(), EngineError>>>,
+    /// Held until the question is answered.
+    _place: OwnedSemaphorePermit,
 }
 
 /// The streams' keys and schedules, for those who read them. Clones share everything.
@@ -80,6 +82,7 @@ struct Extend {
 pub struct Engine {
     shared: Arc<Shared>,
     ask: mpsc::Sender<Extend>,
+    places: Arc<Semaphore>,
 }
 
 struct Shared {
@@ -113,7 +116,10 @@ impl Engine {
             metrics,
         });
         let (ask, asked) = mpsc::channel(QUEUE_LEN);
-        (Self { shared: Arc::clone(&shared), ask }, WorkerSeat { shared, asked })
+        (
+            Self { shared: Arc::clone(&shared), ask, places: Arc::new(Semaphore::new(QUEUE_LEN)) },
+            WorkerSeat { shared, asked },
+        )
     }
 
     /// The stream that owns a path at an origin. `path` has its percent-encoding undone.
@@ -182,7 +188,7 @@ impl Engine {
                     .await
                     .map_err(|_| EngineError::Busy)?
                     .map_err(|_| EngineError::NotReady)??;
-            } else if !call.planned.is_empty() {
+            } else if !call.planned.is_empty() && !call.is_asked {
                 // Best effort: whoever needs the boundary will wait for it.
                 let _ = self.send(stream, rendition, window, None);
             }
@@ -203,7 +209,14 @@ impl Engine {
         window: PlaylistWindow,
         reply: Option<oneshot::Sender<Result<(), EngineError>>>,
     ) -> Result<(), EngineError> {
-        let extend = Extend { stream: Arc::clone(stream), rendition: rendition.to_owned(), window, reply };
+        let place = Arc::clone(&self.places).try_acquire_owned().map_err(|_| EngineError::Busy)?;
+        let extend = Extend {
+            stream: Arc::clone(stream),
+            rendition: rendition.to_owned(),
+            window,
+            reply,
+            _place: place,
+        };
         self.ask.try_send(extend).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => EngineError::Busy,
             mpsc::error::TrySendError::Closed(_) => EngineError::NotReady,

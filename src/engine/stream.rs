@@ -122,6 +122,8 @@ pub(super) struct Call {
     pub(super) have: usize,
     /// The window shows segments beyond a boundary that is not stored yet.
     pub(super) must_wait: bool,
+    /// Boundaries of the rendition are being stored already.
+    pub(super) is_asked: bool,
 }
 
 /// Why a window cannot be published at once.
@@ -162,9 +164,9 @@ impl Known {
                 is_destroyed: &is_destroyed,
             },
         );
-        let pending = own.and_then(|own| own.pending).into_iter();
+        let pending = own.and_then(|own| own.pending);
         let must_wait = planned.iter().map(|(b, _)| b.first).chain(pending).any(|b| b < window.end);
-        Some(Call { planned, have: schedule.boundaries().len(), must_wait })
+        Some(Call { planned, have: schedule.boundaries().len(), must_wait, is_asked: pending.is_some() })
     }
 
     /// The schedules of the renditions whose paths are next to this one's: those of the same presentation,
@@ -332,7 +334,7 @@ impl Rendition {
         });
         let longest_playlist = match &self.stored {
             Some(stored) if self.longest_playlist <= stored.longest_playlist => stored.longest_playlist,
-            _ => self.longest_playlist * 2,
+            _ => self.longest_playlist.saturating_mul(2),
         };
         (!enough).then(|| RenditionRow {
             rendition: name.to_owned(),

@@ -177,9 +177,10 @@ impl Core {
 
     async fn sweep_stream(&self, stream: &Arc<Stream>) -> Result<(), WorkerError> {
         let _changing = stream.changing.lock().await;
-        for row in stream.unstored_renditions() {
-            self.store.put_rendition(&stream.settings.id, &row).await?;
-            stream.note_stored(row);
+        let unstored = stream.unstored_renditions();
+        if !unstored.is_empty() {
+            self.store.put_renditions(&stream.settings.id, &unstored).await?;
+            unstored.into_iter().for_each(|row| stream.note_stored(row));
         }
         for op in sweep(&stream.facts(), &stream.settings.policy, self.now()) {
             self.apply(stream, &op).await?;

@@ -15,7 +15,7 @@ use quick_m3u8::tag::hls::{Key, Method, Version};
 use super::attributes::Attributes;
 use super::error::{PlaylistError, Problem};
 use super::link::{Link, LinkedPath, write_origin_query};
-use super::mounts::{Mounts, Place as OriginPath};
+use super::mounts::{Mounts, Place as OriginPath, canonical_path};
 use super::playlist::{Content, Line, Playlist, decimal};
 use crate::keys::{DekId, Iv, IvMode, KeyId, KeyMethod, LinkKey, MediaSequenceNumber, Place, Resource};
 
@@ -264,7 +264,9 @@ impl Writer<'_, '_, '_> {
         if to.path.ends_with('/') {
             return Err(bad("it names a directory".into()));
         }
-        let resource = Resource { signer, origin: &to.mount.origin, path: &to.path, place };
+        // The request may come in another spelling than the playlist's.
+        let path = canonical_path(&to.path).map_err(|error| bad(error.to_string()))?;
+        let resource = Resource { signer, origin: &to.mount.origin, path: &path, place };
         let link = Link::to_resource(&resource, link_key);
         let reference = uri.split(['?', '#']).next().unwrap_or_default();
         let mut linked = if is_relative(reference) && is_plain(reference) {
@@ -276,7 +278,7 @@ impl Writer<'_, '_, '_> {
             linked.push('?');
             linked.push_str(&write_origin_query(query, &resource, link_key));
         }
-        Ok((Source { origin: to.mount.origin.clone(), path: to.path }, linked))
+        Ok((Source { origin: to.mount.origin.clone(), path }, linked))
     }
 
     fn version(&mut self, number: usize, line: &Line<'_>) -> Result<(), PlaylistError> {

@@ -18,7 +18,7 @@ pub use error::{PlaylistError, Problem};
 pub use link::{Link, LinkError, LinkedPath, ORIGIN_QUERY_PARAM};
 pub use media::{MediaRewrite, PeriodKey, rewrite_media};
 pub use mounts::{
-    BaseUrl, Mount, MountError, Mounts, Place as OriginPath, canonical_path, is_ambiguous, normalized_path,
+    BaseUrl, Mount, MountError, Mounts, Place as OriginPath, canonical_path, normalized_path, without_params,
 };
 pub use multivariant::rewrite_multivariant;
 pub use playlist::{Kind, MediaFacts, Playlist, looks_like_a_playlist};

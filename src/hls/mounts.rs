@@ -214,6 +214,10 @@ impl Mounts {
         self.0.iter()
     }
 
+    pub fn by_origin(&self, origin: &str) -> Option<&Mount> {
+        self.0.iter().find(|mount| mount.origin == origin)
+    }
+
     /// The place that a path of the shield names: the longest mount path wins.
     pub fn locate<'m>(&'m self, shield_path: &str) -> Option<Place<'m>> {
         self.0
@@ -266,34 +270,45 @@ fn site(url: &Url) -> String {
     }
 }
 
-/// The path in its one canonical spelling (RFC 3986 §6.2.2): unreserved characters are not encoded, and hex digits
-/// are upper case. Without it every spelling of a path would be a playlist of its own.
-pub fn canonical_path(path: &str) -> String {
+/// The path in its one canonical spelling (RFC 3986 §6.2.2): what need not be encoded is not, all else is, with
+/// upper-case hex digits. Without it every spelling of a path would be a playlist of its own, and a link that was made
+/// for one spelling would be refused in another.
+///
+/// # Errors
+/// A `%` that begins no encoding: it could be read as itself or as the start of one.
+pub fn canonical_path(path: &str) -> Result<String, MountError> {
     let mut out = String::with_capacity(path.len());
-    let mut rest = path;
-    while let Some(at) = rest.find('%') {
-        out.push_str(&rest[..at]);
-        let hex = rest.get(at + 1..at + 3).filter(|hex| hex.bytes().all(|b| b.is_ascii_hexdigit()));
-        let Some(byte) = hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) else {
-            out.push('%');
-            rest = &rest[at + 1..];
-            continue;
+    let mut bytes = path.bytes();
+    while let Some(byte) = bytes.next() {
+        let byte = match byte {
+            b'%' => {
+                let digits = [bytes.next(), bytes.next()].map(|b| char::from(b.unwrap_or(b'x')).to_digit(16));
+                let [Some(high), Some(low)] = digits else {
+                    return Err(MountError::BadPath("has a percent sign that encodes nothing"));
+                };
+                // An encoded delimiter is another character than the delimiter itself (RFC 3986 §2.2).
+                let decoded = (high * 16 + low) as u8;
+                if !decoded.is_ascii_alphanumeric() && !b"-._~".contains(&decoded) {
+                    out.push_str(&format!("%{decoded:02X}"));
+                    continue;
+                }
+                decoded
+            }
+            byte => byte,
         };
-        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+        if byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:@/\\".contains(&byte) {
             out.push(char::from(byte));
         } else {
             out.push_str(&format!("%{byte:02X}"));
         }
-        rest = &rest[at + 3..];
     }
-    out.push_str(rest);
-    out
+    Ok(out)
 }
 
-/// Whether some origin may read the path as another one even after [`normalized_path`] took it: path parameters on
-/// dot segments, and encoding that is left after one decoding.
-pub fn is_ambiguous(decoded: &str) -> bool {
-    decoded.contains('%') || decoded.split('/').any(|c| c.starts_with(".;") || c.starts_with("..;"))
+/// The path as an origin reads it that cuts path parameters off its components, as servlet containers do.
+pub fn without_params(decoded: &str) -> String {
+    let components: Vec<_> = decoded.split('/').map(|c| c.split(';').next().unwrap_or_default()).collect();
+    components.join("/")
 }
 
 /// The path with its percent-encoding undone, for comparing it with a stream's prefix.
@@ -426,11 +441,15 @@ mod tests {
         for (path, canonical) in [
             ("/live/%63h1/%37%320p.m3u8", "/live/ch1/720p.m3u8"),
             ("/a%c3%a4/x%20y", "/a%C3%A4/x%20y"),
-            ("/100%", "/100%"),
-            ("/%zz/%4", "/%zz/%4"),
-            ("/ä%41", "/äA"),
+            ("/ä%41 b|^", "/%C3%A4A%20b%7C%5E"),
+            ("/a;b=c/%3b/%2561", "/a;b=c/%3B/%2561"),
         ] {
-            assert_eq!(canonical_path(path), canonical);
+            let once = canonical_path(path).unwrap();
+            assert_eq!(once, canonical);
+            assert_eq!(canonical_path(&once).unwrap(), once, "it is its own canonical spelling");
+        }
+        for bad in ["/100%", "/%zz/", "/%4", "/%%36%31"] {
+            assert!(canonical_path(bad).is_err(), "{bad}");
         }
     }
 

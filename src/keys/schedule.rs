@@ -250,6 +250,7 @@ fn go_on(
 ) {
     let Situation { policy, marks, siblings, is_destroyed, .. } = situation;
     let lead = if window.ended { 0 } else { u64::from(policy.lead_segments) };
+    let forced_to = not_destroyed(marks.forced, is_destroyed);
     let horizon = window.end.plus(lead);
     loop {
         let by_count = next_by_count(&last, policy);
@@ -257,15 +258,15 @@ fn go_on(
         // Where a sibling has the same promotion still ahead of this window, it is one place for both.
         let by_promotion = siblings
             .iter()
-            .filter_map(|s| s.epoch().iter().find(|b| b.ordinal == marks.forced))
+            .filter_map(|s| s.epoch().iter().find(|b| b.ordinal == forced_to))
             .map(|b| b.first)
             .find(|first| *first >= window.end && *first > last.first && *first <= by_count)
             .unwrap_or(horizon.max(last.first.plus(1)));
         let next = if forced && by_promotion < by_count {
-            (Boundary { epoch: last.epoch, ordinal: marks.forced, first: by_promotion }, Reason::Promotion)
+            (Boundary { epoch: last.epoch, ordinal: forced_to, first: by_promotion }, Reason::Promotion)
         } else if by_count < horizon || (by_count == horizon && lead > 0) {
-            let ordinal = if forced { marks.forced } else { last.ordinal.next() };
-            let ordinal = not_destroyed(ordinal, is_destroyed);
+            let next = not_destroyed(last.ordinal.next(), is_destroyed);
+            let ordinal = if forced { forced_to } else { next };
             (Boundary { epoch: last.epoch, ordinal, first: by_count }, Reason::Count)
         } else {
             return;
@@ -486,6 +487,21 @@ mod tests {
             is_destroyed: &is_destroyed,
         };
         check(super::plan(&live(3, 9), situation), &[(0, 3, 10, Reason::Count)]);
+    }
+
+    #[test]
+    fn a_promotion_to_a_key_that_is_destroyed_goes_to_the_next_living_one() {
+        let has = schedule(&[(0, 2, 0)]);
+        let policy = policy(100);
+        let situation = Situation {
+            schedule: &has,
+            edge: None,
+            policy: &policy,
+            marks: Marks { head: Ordinal(5), forced: Ordinal(3) },
+            siblings: &[],
+            is_destroyed: &|ordinal| ordinal == Ordinal(3),
+        };
+        check(super::plan(&live(0, 20), situation), &[(0, 4, 22, Reason::Promotion)]);
     }
 
     #[test]

@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
+use super::flow::FlowError;
 use super::reply::{Refusal, Reply};
 use super::service::Shield;
 use super::upstream::{OriginError, OriginRequest};
@@ -32,6 +33,8 @@ use crate::keys::{KeyId, MediaSequenceNumber};
 const CONTENT_TYPE_M3U8: &str = "application/vnd.apple.mpegurl";
 /// How long a Multivariant Playlist, or one that has ended, is fresh.
 const STEADY_TTL: Duration = Duration::from_secs(10);
+/// No playlist is taken to be longer, whatever its EXTINFs say: its keys would never be let go.
+const LONGEST: Duration = Duration::from_secs(31 * 86_400);
 /// How long a request that could have a stale playlist waits for a fresh one.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How long a failure stands for all who ask.
@@ -113,6 +116,9 @@ pub(super) async fn serve(
         shield.playlists.slots.insert(key, slot);
     }
 
+    if rewritten.fetched.elapsed() > rewritten.ttl {
+        shield.metrics.stale_playlists.inc();
+    }
     let now = shield.clock.now();
     let mut named: Vec<KeyId> = Vec::with_capacity(rewritten.keys.len());
     for key in &rewritten.keys {
@@ -128,30 +134,46 @@ pub(super) async fn serve(
         .tagged(&stream.settings.id, &named))
 }
 
-/// The playlist that is fresh, or fetched now, or stale because neither can be had.
+/// The playlist that is fresh, or fetched now, or stale because neither can be had soon.
 async fn current(
     shield: &Shield,
     stream: &Arc<Stream>,
     place: &OriginPath<'_>,
-    slot: &Slot,
+    slot: &Arc<Slot>,
 ) -> Result<Arc<Rewritten>, Refusal> {
     if let Some(result) = slot.results.read().fresh() {
         return result;
     }
     let stale = slot.results.read().stale(shield.settings.stale_if_error);
-    // Who has something to give does not wait long for another's fetch.
-    let _fetching = match stale {
-        None => slot.fetching.lock().await,
-        Some(good) => match tokio::time::timeout(PATIENCE, slot.fetching.lock()).await {
-            Ok(fetching) => fetching,
-            Err(_) => return Ok(serve_stale(shield, stream, place, good)),
+    // A task of its own: who does not wait for it must not end it either.
+    let wanted = (place.mount.origin.clone(), place.path.clone(), place.query.clone());
+    let refreshing = tokio::spawn(refresh(shield.clone(), Arc::clone(stream), wanted, Arc::clone(slot)));
+    let refreshed = match stale {
+        None => refreshing.await,
+        Some(good) => match tokio::time::timeout(PATIENCE, refreshing).await {
+            Ok(refreshed) => refreshed,
+            Err(_) => return Ok(good),
         },
     };
+    refreshed.unwrap_or(Err(Refusal::Flow(FlowError::Abandoned)))
+}
+
+/// Fetches a playlist into its slot, unless another has done so meanwhile.
+async fn refresh(
+    shield: Shield,
+    stream: Arc<Stream>,
+    (origin, path, query): (String, String, Option<String>),
+    slot: Arc<Slot>,
+) -> Result<Arc<Rewritten>, Refusal> {
+    let _fetching = slot.fetching.lock().await;
     if let Some(result) = slot.results.read().fresh() {
         return result;
     }
-    let fetched = tokio::time::timeout(shield.settings.playlist_timeout, fetch(shield, stream, place)).await;
-    match fetched.unwrap_or_else(|_| Err(OriginError::out_of_time(place.mount).into())) {
+    let mount = shield.settings.mounts.by_origin(&origin).ok_or(Refusal::NoStream)?;
+    let place = OriginPath { mount, path, query };
+    let fetched =
+        tokio::time::timeout(shield.settings.playlist_timeout, fetch(&shield, &stream, &place)).await;
+    match fetched.unwrap_or_else(|_| Err(OriginError::out_of_time(mount).into())) {
         Ok(rewritten) => {
             let rewritten = Arc::new(rewritten);
             *slot.results.write() = Results { good: Some(Arc::clone(&rewritten)), failed: None };
@@ -162,7 +184,7 @@ async fn current(
             let mut results = slot.results.write();
             let stale = results.stale(shield.settings.stale_if_error).filter(|_| may_pass(&refusal));
             results.failed = Some((Instant::now(), refusal.clone(), stale.is_some()));
-            Ok(serve_stale(shield, stream, place, stale.ok_or(refusal)?))
+            stale.ok_or(refusal)
         }
     }
 }
@@ -176,17 +198,6 @@ fn may_pass(refusal: &Refusal) -> bool {
     };
     let passing = [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_MANY_REQUESTS];
     taken_away.is_none_or(|status| passing.contains(&status))
-}
-
-fn serve_stale(
-    shield: &Shield,
-    stream: &Stream,
-    place: &OriginPath<'_>,
-    good: Arc<Rewritten>,
-) -> Arc<Rewritten> {
-    tracing::debug!(stream = %stream.settings.id, path = place.path, "serving a stale playlist");
-    shield.metrics.stale_playlists.inc();
-    good
 }
 
 impl Results {
@@ -224,7 +235,7 @@ async fn fetch(shield: &Shield, stream: &Arc<Stream>, place: &OriginPath<'_>) ->
         None => place.path.clone(),
     };
     let facts = playlist.media_facts()?;
-    let duration = Duration::try_from_secs_f64(facts.duration_secs).unwrap_or_default();
+    let duration = Duration::try_from_secs_f64(facts.duration_secs).unwrap_or(LONGEST).min(LONGEST);
     let published = shield.engine.publish(stream, &rendition, facts.window(), duration).await?;
     let key_at = |msn: MediaSequenceNumber| {
         let key = published.key_at(msn)?;

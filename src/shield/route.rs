@@ -1,8 +1,9 @@
 //! What a request asks for, told from its path alone.
 
 use super::reply::Refusal;
+use super::settings::ShieldSettings;
 use crate::engine::{Engine, Stream};
-use crate::hls::{LinkedPath, Mounts, OriginPath, canonical_path, is_ambiguous, normalized_path};
+use crate::hls::{LinkedPath, MountError, OriginPath, canonical_path, normalized_path, without_params};
 use std::sync::Arc;
 
 const KEY_PATH: &str = "/api/hls/keys/";
@@ -20,17 +21,25 @@ pub(super) enum Route<'a> {
 ///
 /// # Errors
 /// [`Refusal`] for a path that could be read two ways, that belongs to nobody, or with a malformed link.
-pub(super) fn route<'a>(path: &'a str, mounts: &'a Mounts, engine: &Engine) -> Result<Route<'a>, Refusal> {
-    if let Some(id) = path.strip_prefix(KEY_PATH) {
+pub(super) fn route<'a>(
+    path: &'a str,
+    settings: &'a ShieldSettings,
+    engine: &Engine,
+) -> Result<Route<'a>, Refusal> {
+    // The guide's path always; a configured one too, where it is a path and not a CDN's URL.
+    let key_id = path.strip_prefix(KEY_PATH).or_else(|| path.strip_prefix(&settings.key_uri_base));
+    if let Some(id) = key_id {
         return Ok(Route::Key { id });
     }
     if let Some(linked) = LinkedPath::parse(path)? {
         return Ok(Route::Segment { linked });
     }
     // One spelling a path, or each would be a playlist of its own.
-    let place = mounts.locate(&canonical_path(path)).ok_or(Refusal::NoStream)?;
+    let bad = |error: MountError| Refusal::BadPath(error.to_string());
+    let path = canonical_path(path).map_err(bad)?;
+    let place = settings.mounts.locate(&path).ok_or(Refusal::NoStream)?;
     // Compared as the origin would read it: `/live/%C3%A4/` is `/live/ä/`.
-    let plain = normalized_path(&place.path).map_err(|error| Refusal::BadPath(error.to_string()))?;
+    let plain = normalized_path(&place.path).map_err(bad)?;
     if let Some(stream) = engine.stream_at(&place.mount.origin, &plain) {
         return Ok(Route::Playlist { stream: Arc::clone(stream), place });
     }
@@ -38,7 +47,9 @@ pub(super) fn route<'a>(path: &'a str, mounts: &'a Mounts, engine: &Engine) -> R
         return Err(Refusal::NoStream);
     }
     // What the origin may take for a path of a stream does not go to it.
-    if is_ambiguous(&plain) || engine.is_like_a_streams(&place.mount.origin, &plain) {
+    let cut = without_params(&plain);
+    let is_like = |path: &str| engine.is_like_a_streams(&place.mount.origin, path);
+    if plain.contains('%') || normalized_path(&cut).is_err() || is_like(&plain) || is_like(&cut) {
         return Err(Refusal::BadPath("the path could be read as one of a stream".into()));
     }
     Ok(Route::PassThrough { place })
@@ -49,7 +60,7 @@ mod tests {
     use super::*;
     use crate::clock::Clock;
     use crate::engine::StreamSettings;
-    use crate::hls::{BaseUrl, Mount};
+    use crate::hls::{BaseUrl, Mount, Mounts};
     use crate::keys::Policy;
     use crate::telemetry::Metrics;
 
@@ -70,7 +81,8 @@ mod tests {
         };
         let streams = vec![stream("one", "/live/ch1/"), stream("sub", "/live/ch1/sub/")];
         let (engine, _seat) = Engine::new(streams, Clock::System, Metrics::new());
-        let found = match route(path, &mounts, &engine) {
+        let settings = ShieldSettings { key_uri_base: "/k/".into(), ..ShieldSettings::for_tests(mounts) };
+        let found = match route(path, &settings, &engine) {
             Ok(Route::Key { id }) => format!("key {id}"),
             Ok(Route::Segment { linked }) => format!("segment {}", linked.path),
             Ok(Route::Playlist { stream, place }) => format!("{} {}", stream.settings.id, place.path),
@@ -95,6 +107,8 @@ mod tests {
         check("/LIVE/ch1/seg.ts", "400");
         check("/live/%2563h1/seg.ts", "400");
         check("/x/..;/live/ch1/seg.ts", "400");
+        check("/live;x/ch1/seg.ts", "400");
+        check("/%%36%31", "400");
         check("//live/ch1/seg.ts", "400");
         check("/live//ch1/seg.ts", "400");
         check("/x/../live/ch1/seg.ts", "400");
@@ -106,6 +120,7 @@ mod tests {
     #[test]
     fn keys_and_links_are_told_first() {
         check("/api/hls/keys/abc", "key abc");
+        check("/k/abc", "key abc");
         let id = "ab".repeat(16);
         check(&format!("/live/ch1/~{id}.7.AAAAAAAAAAAAAAAA/s.ts"), "segment /live/ch1/s.ts");
         check(&format!("/live/ch1/~{id}.7.bad/s.ts"), "403");

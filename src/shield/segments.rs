@@ -23,7 +23,7 @@ use super::service::Shield;
 use super::upstream::{OriginError, OriginRequest, Upstream};
 use crate::cipher::{SegmentEncryptor, ciphertext_len};
 use crate::engine::{ClearInitSigner, EngineError, LiveKey};
-use crate::hls::{Link, LinkedPath, Mount};
+use crate::hls::{Link, LinkedPath, Mount, canonical_path};
 use crate::keys::{DekId, Iv, KeyId, LinkKey, Place, Resource, StreamId};
 use crate::telemetry::Metrics;
 
@@ -85,7 +85,8 @@ pub(super) fn open(
         _ => shield.engine.key(KeyId::from_bytes(link.signer)).map(Signer::Key),
     };
     let signer = signer.ok_or(Refusal::LinkKeyGone)?;
-    let place = shield.settings.mounts.locate(&linked.path).ok_or(Refusal::ForgedLink)?;
+    let path = canonical_path(&linked.path).map_err(|error| Refusal::BadPath(error.to_string()))?;
+    let place = shield.settings.mounts.locate(&path).ok_or(Refusal::ForgedLink)?;
     let resource =
         Resource { signer: &link.signer, origin: &place.mount.origin, path: &place.path, place: link.place };
     if signer.link_key().link_mac(&resource) != link.mac {

@@ -1,5 +1,6 @@
 //! The data plane as a pingora proxy: requests in, routes asked, answers out.
 
+use std::ops::Deref;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -27,8 +28,20 @@ use crate::engine::{Engine, Stream};
 use crate::hls::{OriginPath, normalized_path};
 use crate::telemetry::Metrics;
 
+/// The data plane. Clones share everything.
+#[derive(Clone)]
+pub struct Shield(Arc<Parts>);
+
+impl Deref for Shield {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.0
+    }
+}
+
 /// Everything that a request may need.
-pub struct Shield {
+pub struct Parts {
     pub(super) engine: Engine,
     pub(super) upstream: Upstream,
     pub(super) settings: ShieldSettings,
@@ -48,7 +61,7 @@ impl Shield {
     ) -> Self {
         let flows = Flows::new(settings.flow_cache_bytes, settings.max_filling_flows, metrics.clone());
         let playlists = Playlists::new(settings.playlist_cache_bytes, settings.stale_if_error);
-        Self { engine, upstream, settings, flows, playlists, metrics, clock }
+        Self(Arc::new(Parts { engine, upstream, settings, flows, playlists, metrics, clock }))
     }
 }
 
@@ -183,7 +196,7 @@ impl Shield {
             _ => return Err(Refusal::Method),
         }
         let (path, query) = (request.uri.path().to_owned(), request.uri.query().map(str::to_owned));
-        match route(&path, &self.settings.mounts, &self.engine)? {
+        match route(&path, &self.settings, &self.engine)? {
             Route::Key { id } => {
                 notes.kind = "key";
                 keys::serve(id, &self.engine, &self.settings).map(Handled::Reply)

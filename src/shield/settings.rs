@@ -26,3 +26,25 @@ pub struct ShieldSettings {
     pub flow_cache_bytes: u64,
     pub max_filling_flows: usize,
 }
+
+#[cfg(test)]
+impl ShieldSettings {
+    pub(super) fn for_tests(mounts: Mounts) -> Self {
+        let second = Duration::from_secs(1);
+        Self {
+            mounts,
+            key_uri_base: "/api/hls/keys/".into(),
+            key_max_age: second,
+            segment_max_age: second,
+            cors_origins: Vec::new(),
+            max_playlist_bytes: 1 << 20,
+            playlist_cache_bytes: 1 << 20,
+            stale_if_error: second,
+            playlist_timeout: second,
+            segment_timeout: second,
+            max_segment_bytes: 1 << 20,
+            flow_cache_bytes: 1 << 20,
+            max_filling_flows: 1,
+        }
+    }
+}

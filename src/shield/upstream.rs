@@ -405,14 +405,17 @@ impl OriginResponse {
     /// # Errors
     /// As [`Self::chunk`], and [`OriginError::TooLong`].
     pub async fn body(&mut self, limit: usize) -> Result<Bytes, OriginError> {
-        let too_long = || OriginError::TooLong { origin: self.origin.clone(), limit: limit as u64 };
-        if self.content_length().is_some_and(|length| length > limit as u64) {
+        // What was read before does not count.
+        let limit_in_all = self.received.saturating_add(limit as u64);
+        let origin = self.origin.clone();
+        let too_long = move || OriginError::TooLong { origin: origin.clone(), limit: limit_in_all };
+        if self.content_length().is_some_and(|length| length > limit_in_all) {
             return Err(too_long());
         }
         let mut body = BytesMut::new();
         while let Some(chunk) = self.chunk().await? {
             if body.len() + chunk.len() > limit {
-                return Err(OriginError::TooLong { origin: self.origin.clone(), limit: limit as u64 });
+                return Err(too_long());
             }
             body.extend_from_slice(&chunk);
         }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
+use sqlx::{Sqlite, Transaction};
 
 use super::StoreError;
 use super::rows::{BoundaryRow, DekRow, KeyRow, RenditionRow, StoredStream};
@@ -181,21 +182,13 @@ impl Store {
         Ok(())
     }
 
-    /// Stores what a restart must know of a rendition.
-    pub async fn put_rendition(&self, stream: &StreamId, row: &RenditionRow) -> Result<(), StoreError> {
-        sqlx::query(
-            "INSERT INTO renditions (stream_id, rendition, ended, keeps_all, longest_playlist_millis)
-             VALUES (?, ?, ?, ?, ?)
-             ON CONFLICT (stream_id, rendition) DO UPDATE SET ended = excluded.ended,
-                keeps_all = excluded.keeps_all, longest_playlist_millis = excluded.longest_playlist_millis",
-        )
-        .bind(stream.as_str())
-        .bind(&row.rendition)
-        .bind(row.ended)
-        .bind(row.keeps_all)
-        .bind(i64::try_from(row.longest_playlist.as_millis()).unwrap_or(i64::MAX))
-        .execute(&self.pool)
-        .await?;
+    /// Stores what a restart must know of renditions.
+    pub async fn put_renditions(&self, stream: &StreamId, rows: &[RenditionRow]) -> Result<(), StoreError> {
+        let mut tx = self.pool.begin().await?;
+        for row in rows {
+            put_rendition(&mut tx, stream, row).await?;
+        }
+        tx.commit().await?;
         Ok(())
     }
 
@@ -231,16 +224,18 @@ impl Store {
         Ok(())
     }
 
-    /// Adds boundaries behind the `have` that a rendition has. `false` when another got there first: then
+    /// Adds boundaries behind the `have` that a rendition has, and what a restart must know of it. `false` when another got there first: then
     /// nothing is added, and the caller reads what is there.
     pub async fn add_boundaries(
         &self,
         stream: &StreamId,
         have: usize,
         rows: &[(BoundaryRow, Reason)],
+        about: &RenditionRow,
         now: Timestamp,
     ) -> Result<bool, StoreError> {
         let mut tx = self.pool.begin().await?;
+        put_rendition(&mut tx, stream, about).await?;
         for (seq, (row, reason)) in (have..).zip(rows) {
             let added = sqlx::query(
                 "INSERT INTO boundaries (stream_id, rendition, seq, epoch, ordinal, first_msn, reason,
@@ -272,6 +267,29 @@ impl Store {
     pub async fn close(&self) {
         self.pool.close().await;
     }
+}
+
+/// The longest length that was ever stored stays.
+async fn put_rendition(
+    tx: &mut Transaction<'_, Sqlite>,
+    stream: &StreamId,
+    row: &RenditionRow,
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO renditions (stream_id, rendition, ended, keeps_all, longest_playlist_millis)
+         VALUES (?, ?, ?, ?, ?)
+         ON CONFLICT (stream_id, rendition) DO UPDATE SET ended = excluded.ended,
+            keeps_all = excluded.keeps_all,
+            longest_playlist_millis = max(renditions.longest_playlist_millis, excluded.longest_playlist_millis)",
+    )
+    .bind(stream.as_str())
+    .bind(&row.rendition)
+    .bind(row.ended)
+    .bind(row.keeps_all)
+    .bind(i64::try_from(row.longest_playlist.as_millis()).unwrap_or(i64::MAX))
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
 }
 
 #[cfg(test)]
@@ -339,11 +357,17 @@ mod tests {
     #[tokio::test]
     async fn a_boundary_is_added_behind_the_known_ones_or_not_at_all() {
         let (store, stream, _dir) = store().await;
+        let about = RenditionRow {
+            rendition: "/live/720p.m3u8".into(),
+            ended: false,
+            keeps_all: false,
+            longest_playlist: Duration::ZERO,
+        };
         let two = [boundary(0, 100), boundary(1, 200)];
-        assert!(store.add_boundaries(&stream, 0, &two, NOW).await.unwrap());
+        assert!(store.add_boundaries(&stream, 0, &two, &about, NOW).await.unwrap());
         // Another node that knows only the first one plans otherwise, and loses as a whole.
         let late = [boundary(3, 150), boundary(4, 250)];
-        assert!(!store.add_boundaries(&stream, 1, &late, NOW).await.unwrap());
+        assert!(!store.add_boundaries(&stream, 1, &late, &about, NOW).await.unwrap());
         let loaded = store.load(&stream).await.unwrap();
         assert_eq!(loaded.boundaries, two.map(|(row, _)| row));
     }
@@ -378,9 +402,9 @@ mod tests {
             keeps_all: true,
             longest_playlist: Duration::from_secs(48),
         };
-        store.put_rendition(&stream, &rendition).await.unwrap();
+        store.put_renditions(&stream, std::slice::from_ref(&rendition)).await.unwrap();
         rendition.ended = true;
-        store.put_rendition(&stream, &rendition).await.unwrap();
+        store.put_renditions(&stream, std::slice::from_ref(&rendition)).await.unwrap();
         assert_eq!(store.load(&stream).await.unwrap().renditions, [rendition]);
         let before = store.load(&stream).await.unwrap();
         store.close().await;

@@ -478,6 +478,49 @@ fn a_multivariant_playlist_names_nothing_that_would_play_in_clear() {
 }
 
 #[test]
+fn every_spelling_of_a_playlists_path_gives_segments_that_play() {
+    let origin = Origin::start(|request| match request.target.as_str() {
+        target if target.ends_with(".m3u8") => Answer::ok("#EXTM3U\n#EXTINF:4,\na%2Db.ts\n"),
+        _ => Answer::ok(media()),
+    });
+    let shield = Running::serve(&config(&origin, ""));
+    for directory in ["caf%C3%A9", "caf%c3%a9", "%7Ebob", "~bob", "a%20b"] {
+        let playlist = shield.at(&format!("/live/{directory}/a.m3u8"));
+        let text = get(&playlist).text();
+        // By hand: the `url` crate would normalise what a player may leave as it is.
+        let uri = text.lines().last().unwrap();
+        for uri in [uri.to_owned(), uri.replace("%2D", "-")] {
+            let got = get(&format!("{}/{uri}", playlist.rsplit_once('/').unwrap().0));
+            assert_eq!((got.status, got.body.len()), (200, 300_016), "{directory} {uri}");
+        }
+    }
+}
+
+#[test]
+fn an_absurd_duration_harms_nobody() {
+    let absurd = "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4000000000000000000,\na.ts\n";
+    let origin = Origin::start(move |_| Answer::ok(absurd));
+    let shield = Running::serve(&config(&origin, ""));
+    assert_eq!(shield.get("/live/index.m3u8").status, 200);
+    let sweeps = || shield.metric("keyshield_sweep_seconds_count");
+    let before = sweeps();
+    wait_for("further sweeps", || (sweeps() > before + 2.0).then_some(()));
+    assert_eq!(shield.metric("keyshield_sweep_errors_total"), 0.0);
+}
+
+#[test]
+fn a_playlist_may_be_as_long_as_the_limit_says() {
+    let long = format!("{PLAYLIST}{}", "# padding\n".repeat(90_000));
+    let body = long.clone();
+    let origin = Origin::start(move |_| Answer::ok(body.clone()));
+    let limit = long.len();
+    for (limit, status) in [(limit, 200), (limit - 1, 502)] {
+        let shield = Running::serve(&format!("[playlists]\nmax_bytes = {limit}\n{}", config(&origin, "")));
+        assert_eq!(shield.get("/live/index.m3u8").status, status);
+    }
+}
+
+#[test]
 fn an_empty_live_playlist_is_served_and_costs_no_key() {
     let empty = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXT-X-MEDIA-SEQUENCE:0\n";
     let origin = Origin::start(move |_| Answer::ok(empty));

@@ -207,7 +207,16 @@ impl HttpsOrigin {
         std::fs::write(dir.path().join("live/index.m3u8"), PLAYLIST).unwrap();
         let made = Command::new("openssl")
             .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"])
-            .args(["-keyout", "key.pem", "-out", "cert.pem", "-days", "2", "-subj", "/CN=keyshield test origin"])
+            .args([
+                "-keyout",
+                "key.pem",
+                "-out",
+                "cert.pem",
+                "-days",
+                "2",
+                "-subj",
+                "/CN=keyshield test origin",
+            ])
             .args(["-addext", "subjectAltName=IP:127.0.0.1"])
             .args(["-addext", "basicConstraints=critical,CA:FALSE"])
             .current_dir(dir.path())
