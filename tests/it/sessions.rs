@@ -102,11 +102,12 @@ fn time_alone_changes_the_key_too() {
     // Every 4.8 seconds, and never by count.
     let environment = [("DEFAULT_ROTATION_INTERVAL", "0.08"), ("MAX_SEGMENTS_PER_KEY", "1000000")];
     let demo = Running::demo_with(tempfile::tempdir().unwrap(), free_port(), &environment);
-    let mut session = Session::default();
+    let (mut session, started) = (Session::default(), Instant::now());
     session.watch(&demo, Duration::from_secs(24));
+    let most = 2 + started.elapsed().as_millis() / 4_800;
     for rendition in RENDITIONS {
-        let keys = session.keys_of(rendition);
-        assert!((3..=6).contains(&keys), "{rendition}: {keys} keys in 24 s and a window of 16 s");
+        let keys = session.keys_of(rendition) as u128;
+        assert!((3..=most).contains(&keys), "{rendition}: {keys} keys, at most {most} could be");
     }
 }
 
