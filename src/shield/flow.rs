@@ -194,6 +194,7 @@ impl FlowWriter {
             Ok(()) => {
                 self.flow.progress.send_modify(|progress| progress.state = State::Complete);
                 self.flows.inner.complete.insert(self.key.clone(), Arc::clone(&self.flow));
+                self.flows.measure();
             }
             Err(error) => self.fail(error),
         }
@@ -291,8 +292,9 @@ impl Flows {
         Ok(flow)
     }
 
-    /// Brings the gauge of kept bytes up to date.
-    pub(super) fn measure(&self) {
+    /// Brings the gauge of kept bytes up to date: only a flow that was added changes them.
+    fn measure(&self) {
+        self.inner.complete.run_pending_tasks();
         let bytes = i64::try_from(self.inner.complete.weighted_size()).unwrap_or(i64::MAX);
         self.inner.metrics.flow_cache_bytes.set(bytes);
     }

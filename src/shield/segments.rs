@@ -104,31 +104,33 @@ pub(super) fn open(
     if if_none_match.is_some_and(|tags| names_etag(tags, &etag)) {
         return Ok(Opened { flow: None, etag, signer });
     }
-    let cipher = match &signer {
-        Signer::Key(key) => {
-            let iv = key.secrets.link.iv(key.iv_mode, &resource);
-            Some((Arc::clone(key), iv))
-        }
-        Signer::ClearInit(_) => None,
-    };
-    let fill = Fill {
-        upstream: shield.upstream.clone(),
-        mount: place.mount.clone(),
-        path: place.path.clone(),
-        query: origin_query,
-        cipher,
-        max_bytes: shield.settings.max_segment_bytes,
-        timeout: shield.settings.segment_timeout,
-        metrics: shield.metrics.clone(),
-    };
     let key = FlowKey {
         signer: link.signer,
         place: link.place,
         origin: place.mount.origin.clone(),
-        path: place.path,
-        query: fill.query.clone(),
+        path: place.path.clone(),
+        query: origin_query.clone(),
     };
-    let flow = shield.flows.get_or_fill(key, |writer| async move { fill.run(&writer).await })?;
+    let flow = shield.flows.get_or_fill(key, |writer| {
+        let cipher = match &signer {
+            Signer::Key(key) => {
+                let iv = key.secrets.link.iv(key.iv_mode, &resource);
+                Some((Arc::clone(key), iv))
+            }
+            Signer::ClearInit(_) => None,
+        };
+        let fill = Fill {
+            upstream: shield.upstream.clone(),
+            mount: place.mount.clone(),
+            path: place.path.clone(),
+            query: origin_query,
+            cipher,
+            max_bytes: shield.settings.max_segment_bytes,
+            timeout: shield.settings.segment_timeout,
+            metrics: shield.metrics.clone(),
+        };
+        async move { fill.run(&writer).await }
+    })?;
     Ok(Opened { flow: Some(flow), etag, signer })
 }
 

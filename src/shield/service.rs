@@ -167,7 +167,6 @@ impl ProxyHttp for Shield {
         let status_label = if error.is_some() { "aborted".to_owned() } else { status.to_string() };
         self.metrics.responses.with_label_values(&[kind, &status_label]).inc();
         self.metrics.response_bytes.with_label_values(&[kind]).inc_by(bytes);
-        self.flows.measure();
         let request = session.req_header();
         // The path, never the query: it may hold a viewer's token.
         tracing::debug!(kind, status, bytes, method = %request.method, path = request.uri.path(), "answered");

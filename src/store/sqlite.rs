@@ -67,22 +67,12 @@ impl Store {
     /// All that is kept of a stream, as of one moment.
     pub async fn load(&self, stream: &StreamId) -> Result<StoredStream, StoreError> {
         let mut tx = self.pool.begin().await?;
-        let deks = sqlx::query("SELECT * FROM deks WHERE stream_id = ? ORDER BY version")
-            .bind(stream.as_str())
-            .fetch_all(&mut *tx)
-            .await?;
-        let keys = sqlx::query("SELECT * FROM content_keys WHERE stream_id = ? ORDER BY ordinal")
-            .bind(stream.as_str())
-            .fetch_all(&mut *tx)
-            .await?;
-        let boundaries = sqlx::query("SELECT * FROM boundaries WHERE stream_id = ? ORDER BY rendition, seq")
-            .bind(stream.as_str())
-            .fetch_all(&mut *tx)
-            .await?;
-        let renditions = sqlx::query("SELECT * FROM renditions WHERE stream_id = ?")
-            .bind(stream.as_str())
-            .fetch_all(&mut *tx)
-            .await?;
+        let mut read =
+            async |sql: &'static str| sqlx::query(sql).bind(stream.as_str()).fetch_all(&mut *tx).await;
+        let deks = read("SELECT * FROM deks WHERE stream_id = ? ORDER BY version").await?;
+        let keys = read("SELECT * FROM content_keys WHERE stream_id = ? ORDER BY ordinal").await?;
+        let boundaries = read("SELECT * FROM boundaries WHERE stream_id = ? ORDER BY rendition, seq").await?;
+        let renditions = read("SELECT * FROM renditions WHERE stream_id = ?").await?;
         tx.commit().await?;
         Ok(StoredStream {
             renditions: renditions.iter().map(RenditionRow::read).collect::<Result<_, _>>()?,

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use crate::harness::{KEYSHIELD, Running, free_port, get, repository};
@@ -13,6 +14,14 @@ fn keyshield(arguments: &[&str]) -> Output {
 
 fn stdout(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// A demo on free ports that keeps its state in `data`.
+fn demo_on(data: &Path) -> Output {
+    let free = || format!("127.0.0.1:{}", free_port());
+    let (listen, control, origin) = (free(), free(), free());
+    let listeners = ["--listen", &listen, "--control-listen", &control, "--origin-listen", &origin];
+    keyshield(&[&["demo", "--data", data.to_str().unwrap()], &listeners[..]].concat())
 }
 
 /// One line on standard error, and the exit code.
@@ -136,18 +145,7 @@ fn a_master_key_that_others_may_read_ends_the_start_with_one_line() {
     assert_eq!(demo.stop("-INT"), Some(0));
     let data = demo.dir().join("data");
     std::fs::set_permissions(data.join("keyshield.master"), PermissionsExt::from_mode(0o644)).unwrap();
-    let free = || format!("127.0.0.1:{}", free_port());
-    let output = keyshield(&[
-        "demo",
-        "--data",
-        data.to_str().unwrap(),
-        "--listen",
-        &free(),
-        "--control-listen",
-        &free(),
-        "--origin-listen",
-        &free(),
-    ]);
+    let output = demo_on(&data);
     let (code, line) = failure(&output);
     assert_eq!(code, 1);
     assert!(line.contains("chmod 600"), "{line}");
@@ -156,18 +154,7 @@ fn a_master_key_that_others_may_read_ends_the_start_with_one_line() {
 #[test]
 fn a_database_belongs_to_one_process() {
     let demo = Running::demo();
-    let free = || format!("127.0.0.1:{}", free_port());
-    let output = keyshield(&[
-        "demo",
-        "--data",
-        demo.dir().join("data").to_str().unwrap(),
-        "--listen",
-        &free(),
-        "--control-listen",
-        &free(),
-        "--origin-listen",
-        &free(),
-    ]);
+    let output = demo_on(&demo.dir().join("data"));
     let (code, line) = failure(&output);
     assert_eq!(code, 1);
     assert!(line.contains("another keyshield"), "{line}");
