@@ -15,10 +15,14 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use thiserror::Error;
 
-use crate::keys::{KeyId, LinkKey, LinkMac, MediaSequenceNumber, Place, Resource};
+use crate::keys::{KeyId, LinkKey, LinkMac, MediaSequenceNumber, Ordinal, Place, Resource};
 
 /// The query parameter that carries the origin's own query.
 pub const ORIGIN_QUERY_PARAM: &str = "_oq";
+
+/// The query parameter that names the ordinal of the key that has taken a revoked one's place: it makes another
+/// cache entry of a path that stays what it was.
+pub const SUCCESSOR_PARAM: &str = "r";
 
 /// The component that proves that the shield wrote a URI.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -143,6 +147,12 @@ impl Link {
         }
         Ok(Some(query))
     }
+}
+
+/// The ordinal that a request's query names as a revoked key's successor. What is no ordinal names none.
+pub fn read_successor(query: &str) -> Option<Ordinal> {
+    let value = query.split('&').find_map(|part| part.strip_prefix(SUCCESSOR_PARAM)?.strip_prefix('='))?;
+    value.parse().ok().map(Ordinal)
 }
 
 #[cfg(test)]

@@ -14,10 +14,12 @@ use quick_m3u8::tag::hls::{Key, Method, Version};
 
 use super::attributes::Attributes;
 use super::error::{PlaylistError, Problem};
-use super::link::{Link, LinkedPath, write_origin_query};
+use super::link::{Link, LinkedPath, SUCCESSOR_PARAM, write_origin_query};
 use super::mounts::{Mounts, Place as OriginPath, canonical_path};
 use super::playlist::{Content, Line, Playlist, decimal};
-use crate::keys::{DekId, Iv, IvMode, KeyId, KeyMethod, LinkKey, MediaSequenceNumber, Place, Resource};
+use crate::keys::{
+    DekId, Iv, IvMode, KeyId, KeyMethod, LinkKey, MediaSequenceNumber, Ordinal, Place, Resource,
+};
 
 /// An EXT-X-KEY with an IV needs at least this version (D22 §8).
 const VERSION_WITH_IV: u64 = 2;
@@ -25,6 +27,17 @@ const VERSION_WITH_IV: u64 = 2;
 /// The content key that covers a segment, as far as a playlist shows it.
 #[derive(Debug, Clone, Copy)]
 pub struct PeriodKey<'a> {
+    /// Whose ID and link key the links of the period bear, for good: a published path never changes.
+    pub signer: (KeyId, &'a LinkKey),
+    /// What the period's segments are encrypted under now.
+    pub cipher: CipherKey<'a>,
+    /// The ordinal of `cipher` where it took the place of a revoked signer.
+    pub successor: Option<Ordinal>,
+}
+
+/// A content key that a playlist names.
+#[derive(Debug, Clone, Copy)]
+pub struct CipherKey<'a> {
     pub id: KeyId,
     pub method: KeyMethod,
     pub iv_mode: IvMode,
@@ -160,11 +173,8 @@ impl Writer<'_, '_, '_> {
             self.copy(uri);
             return Ok(());
         }
-        let signer = key.id.as_bytes();
-        let (source, linked) = self
-            .linked(uri.text, Place::Segment(msn), signer, key.link)
-            .map_err(|problem| problem.at(number))?;
-        let iv = key.link.iv(key.iv_mode, &source.resource(signer, Place::Segment(msn)));
+        let keyed = self.keyed(uri.text, Place::Segment(msn), &key);
+        let (iv, linked) = keyed.map_err(|problem| problem.at(number))?;
 
         // The KEY goes before EXTINF, and behind the last MAP, which must not fall under it.
         let after_map = pending.iter().rposition(|(_, line)| line.tag_name() == Some("-X-MAP"));
@@ -181,8 +191,8 @@ impl Writer<'_, '_, '_> {
 
     /// The EXT-X-KEY of a segment, where one is called for: always, or once a period.
     fn key(&mut self, key: &PeriodKey<'_>, iv: Iv) {
-        let now = InForce::Period(key.id);
-        if key.iv_mode == IvMode::Period && self.in_force == now {
+        let now = InForce::Period(key.cipher.id);
+        if key.cipher.iv_mode == IvMode::Period && self.in_force == now {
             return;
         }
         self.in_force = now;
@@ -192,8 +202,8 @@ impl Writer<'_, '_, '_> {
 
     fn key_line(&self, key: &PeriodKey<'_>, iv: Iv) -> String {
         let key = Key::builder()
-            .with_method(key.method.name())
-            .with_uri(format!("{}{}", self.rewrite.key_uri_base, key.id))
+            .with_method(key.cipher.method.name())
+            .with_uri(format!("{}{}", self.rewrite.key_uri_base, key.cipher.id))
             .with_iv(iv.to_attribute())
             .finish();
         String::from_utf8_lossy(key.into_inner().value()).into_owned()
@@ -223,9 +233,7 @@ impl Writer<'_, '_, '_> {
 
     fn encrypted_map(&mut self, key: Option<&PeriodKey<'_>>, uri: &str) -> Result<String, Problem> {
         let key = key.ok_or(Problem::NoKeyForInit)?;
-        let signer = key.id.as_bytes();
-        let (source, linked) = self.linked(uri, Place::Init, signer, key.link)?;
-        let iv = key.link.iv(key.iv_mode, &source.resource(signer, Place::Init));
+        let (iv, linked) = self.keyed(uri, Place::Init, key)?;
         let key_line = self.key_line(key, iv);
         self.line(&key_line);
         // The next segment's IV is another one, so its KEY must be written in every mode.
@@ -241,6 +249,17 @@ impl Writer<'_, '_, '_> {
         }
         let (dek, link) = self.rewrite.clear_init;
         Ok(self.linked(uri, Place::ClearInit, dek.as_bytes(), link)?.1)
+    }
+
+    /// The URI of something encrypted with its link, and its IV.
+    fn keyed(&self, uri: &str, place: Place, key: &PeriodKey<'_>) -> Result<(Iv, String), Problem> {
+        let ((signer, link), cipher) = (key.signer, key.cipher);
+        let (source, mut linked) = self.linked(uri, place, signer.as_bytes(), link)?;
+        if let Some(ordinal) = key.successor {
+            let joint = if linked.contains('?') { '&' } else { '?' };
+            linked.push_str(&format!("{joint}{SUCCESSOR_PARAM}={ordinal}"));
+        }
+        Ok((cipher.link.iv(cipher.iv_mode, &source.resource(cipher.id.as_bytes(), place)), linked))
     }
 
     /// The URI with its link, and where it leads.
@@ -349,239 +368,4 @@ fn refuse_unsupported(line: &Line<'_>) -> Result<(), Problem> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::hls::mounts::{BaseUrl, Mount};
-    use crate::keys::IvMode;
-
-    const DEK: DekId = DekId::from_bytes([0xdd; 16]);
-
-    /// Rewrites with ordinal 0 up to MSN 101 and ordinal 1 from there on.
-    fn rewrite(input: &str, change: impl FnOnce(&mut MediaRewrite<'_>)) -> Result<String, PlaylistError> {
-        rewrite_in(IvMode::Segment, input, change)
-    }
-
-    fn rewrite_in(
-        mode: IvMode,
-        input: &str,
-        change: impl FnOnce(&mut MediaRewrite<'_>),
-    ) -> Result<String, PlaylistError> {
-        let mount = |origin: &str, path, url, pass_through| {
-            let bases = vec![BaseUrl::parse(url).unwrap()];
-            Mount::new(origin.to_owned(), path, bases, pass_through).unwrap()
-        };
-        let mounts = Mounts::new(vec![
-            mount("main", "/", "https://origin.example", false),
-            mount("open", "/open", "https://open.example", true),
-        ])
-        .unwrap();
-        let from = mounts.locate("/live/ch1/720p.m3u8").unwrap();
-        let links = [LinkKey::from_bytes([1; 32]), LinkKey::from_bytes([2; 32])];
-        let key_at = |msn: MediaSequenceNumber| {
-            let ordinal = usize::from(msn.0 > 101);
-            let id = KeyId::from_bytes([ordinal as u8; 16]);
-            Some(PeriodKey { id, method: KeyMethod::Aes128, iv_mode: mode, link: &links[ordinal] })
-        };
-        let mut rewrite = MediaRewrite {
-            mounts: &mounts,
-            from: &from,
-            is_protected: &|_| false,
-            encrypt_init_sections: false,
-            key_uri_base: "/api/hls/keys/",
-            clear_init: (DEK, &links[0]),
-            key_at: &key_at,
-        };
-        change(&mut rewrite);
-        rewrite_media(&Playlist::parse(input.as_bytes()).unwrap(), &rewrite)
-    }
-
-    /// Compares with what changes from run to run of the derivation cut out: MACs and IVs, which
-    /// `keys::derive` pins. `{0}` and `{1}` stand for the key IDs, `{d}` for the DEK's.
-    fn check(input: &str, change: impl FnOnce(&mut MediaRewrite<'_>), expected: &str) {
-        check_output(&rewrite(input, change).unwrap(), expected);
-    }
-
-    fn check_output(output: &str, expected: &str) {
-        let mut shown = String::new();
-        for line in output.split_inclusive('\n') {
-            let line = line
-                .replace(&"00".repeat(16), "{0}")
-                .replace(&"01".repeat(16), "{1}")
-                .replace(&"dd".repeat(16), "{d}");
-            let line = match line.split_once("IV=0x") {
-                Some((before, after)) => format!("{before}IV={}", &after[32..]),
-                None => line,
-            };
-            match line.find("~{").map(|at| (at, line[at..].find('/').unwrap_or(0))) {
-                Some((at, len)) => {
-                    let link = &line[at..at + len];
-                    let without_mac = link.rsplit_once('.').unwrap().0;
-                    shown.push_str(&[&line[..at], without_mac, &line[at + len..]].concat());
-                }
-                None => shown.push_str(&line),
-            }
-        }
-        assert_eq!(shown, expected);
-    }
-
-    fn refused(input: &str) -> PlaylistError {
-        rewrite(input, |_| {}).unwrap_err()
-    }
-
-    const LIVE: &str = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:6\n#EXT-X-MEDIA-SEQUENCE:101\n\
-        #EXTINF:6.000,\nseg_101.ts\n\
-        #EXT-X-PROGRAM-DATE-TIME:2026-01-01T00:00:06Z\n#EXTINF:6.000,title, with comma\nseg_102.ts\n";
-
-    #[test]
-    fn a_live_playlist_names_a_key_before_every_segment() {
-        check(
-            LIVE,
-            |_| {},
-            "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:6\n#EXT-X-MEDIA-SEQUENCE:101\n\
-             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
-             #EXTINF:6.000,\n~{0}.101/seg_101.ts\n\
-             #EXT-X-PROGRAM-DATE-TIME:2026-01-01T00:00:06Z\n\
-             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{1}\",IV=\n\
-             #EXTINF:6.000,title, with comma\n~{1}.102/seg_102.ts\n",
-        );
-    }
-
-    #[test]
-    fn period_mode_names_a_key_once_a_period() {
-        let input = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-MEDIA-SEQUENCE:100\n\
-                     #EXTINF:6,\na.ts\n#EXTINF:6,\nb.ts\n#EXTINF:6,\nc.ts\n";
-        check_output(
-            &rewrite_in(IvMode::Period, input, |_| {}).unwrap(),
-            "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-MEDIA-SEQUENCE:100\n\
-             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
-             #EXTINF:6,\n~{0}.100/a.ts\n#EXTINF:6,\n~{0}.101/b.ts\n\
-             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{1}\",IV=\n\
-             #EXTINF:6,\n~{1}.102/c.ts\n",
-        );
-    }
-
-    #[test]
-    fn a_version_that_is_missing_or_too_low_is_raised_and_no_further() {
-        check(
-            "#EXTM3U\r\n#EXTINF:6,\r\na.ts\r\n",
-            |_| {},
-            "#EXTM3U\r\n#EXT-X-VERSION:2\r\n\
-             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\r\n\
-             #EXTINF:6,\r\n~{0}.0/a.ts\r\n",
-        );
-        let low = rewrite("#EXTM3U\n#EXT-X-VERSION:1\n#EXTINF:6,\na.ts\n", |_| {}).unwrap();
-        assert!(low.starts_with("#EXTM3U\n#EXT-X-VERSION:2\n#EXT-X-KEY"), "{low}");
-    }
-
-    const FMP4: &str = "#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-MEDIA-SEQUENCE:100\n\
-        #EXT-X-MAP:URI=\"init.mp4\",X-ODD=1\n#EXTINF:6,\na.m4s\n\
-        #EXT-X-DISCONTINUITY\n#EXT-X-MAP:URI=\"../ads/init.mp4\"\n#EXTINF:6,\nb.m4s\n";
-
-    #[test]
-    fn clear_init_sections_stand_under_no_key() {
-        check(
-            FMP4,
-            |_| {},
-            "#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-MEDIA-SEQUENCE:100\n\
-             #EXT-X-MAP:URI=\"~{d}.clear/init.mp4\",X-ODD=1\n\
-             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
-             #EXTINF:6,\n~{0}.100/a.m4s\n\
-             #EXT-X-DISCONTINUITY\n#EXT-X-KEY:METHOD=NONE\n\
-             #EXT-X-MAP:URI=\"../ads/~{d}.clear/init.mp4\"\n\
-             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
-             #EXTINF:6,\n~{0}.101/b.m4s\n",
-        );
-    }
-
-    #[test]
-    fn encrypted_init_sections_have_a_key_of_their_own_before_them() {
-        check(
-            FMP4,
-            |rewrite| rewrite.encrypt_init_sections = true,
-            "#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-MEDIA-SEQUENCE:100\n\
-             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
-             #EXT-X-MAP:URI=\"~{0}.init/init.mp4\",X-ODD=1\n\
-             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
-             #EXTINF:6,\n~{0}.100/a.m4s\n\
-             #EXT-X-DISCONTINUITY\n\
-             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
-             #EXT-X-MAP:URI=\"../ads/~{0}.init/init.mp4\"\n\
-             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
-             #EXTINF:6,\n~{0}.101/b.m4s\n",
-        );
-    }
-
-    #[test]
-    fn a_gap_links_nothing() {
-        let input = "#EXTM3U\n#EXT-X-VERSION:8\n#EXT-X-GAP\n#EXTINF:6,\nmissing.ts\n#EXTINF:6,\na.ts\n";
-        check(
-            input,
-            |_| {},
-            "#EXTM3U\n#EXT-X-VERSION:8\n#EXT-X-GAP\n#EXTINF:6,\nmissing.ts\n\
-             #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n#EXTINF:6,\n~{0}.1/a.ts\n",
-        );
-    }
-
-    #[test]
-    fn a_key_of_method_none_is_ours_to_leave_out() {
-        let output = rewrite("#EXTM3U\n#EXT-X-KEY:METHOD=NONE\n#EXTINF:6,\na.ts\n#EXT-X-ENDLIST", |_| {});
-        let output = output.unwrap();
-        assert!(!output.contains("METHOD=NONE"), "{output}");
-        assert!(output.ends_with("\n#EXT-X-ENDLIST"), "{output}");
-    }
-
-    #[test]
-    fn an_origins_query_goes_behind_the_link() {
-        let output = rewrite("#EXTM3U\n#EXTINF:6,\na.ts?sig=1%2F2\n", |_| {}).unwrap();
-        let uri = output.lines().last().unwrap();
-        assert!(uri.contains("/a.ts?_oq=") && !uri.contains("sig"), "{uri}");
-    }
-
-    #[test]
-    fn references_that_players_would_encode_differently_become_plain_paths() {
-        let output = rewrite("#EXTM3U\n#EXTINF:6,\nmy seg.ts\n", |_| {}).unwrap();
-        let uri = output.lines().last().unwrap();
-        assert!(uri.starts_with("/live/ch1/~") && uri.ends_with("/my%20seg.ts"), "{uri}");
-    }
-
-    #[test]
-    fn other_allowed_origins_are_linked_through_their_mount() {
-        let output = rewrite("#EXTM3U\n#EXTINF:6,\nhttps://origin.example/x/a.ts\n", |_| {}).unwrap();
-        assert!(output.lines().last().unwrap().starts_with("/x/~"), "{output}");
-    }
-
-    #[test]
-    fn what_cannot_be_rewritten_rightly_is_refused_with_its_line() {
-        let media = |middle: &str| format!("#EXTM3U\n{middle}\n#EXTINF:6,\na.ts\n");
-        for tag in [
-            "#EXT-X-BYTERANGE:100@0",
-            "#EXT-X-I-FRAMES-ONLY",
-            "#EXT-X-PART:DURATION=1,URI=\"p\"",
-            "#EXT-X-PRELOAD-HINT:TYPE=PART,URI=\"p\"",
-            "#EXT-X-SKIP:SKIPPED-SEGMENTS=3",
-            "#EXT-X-DEFINE:NAME=\"a\",VALUE=\"b\"",
-            "#EXT-X-MAP:URI=\"i.mp4\",BYTERANGE=\"10@0\"",
-        ] {
-            let error = refused(&media(tag));
-            assert_eq!(error.line, 2, "{tag}");
-            assert!(matches!(error.problem, Problem::Unsupported { .. }), "{tag}: {error:?}");
-        }
-        let encrypted = refused(&media("#EXT-X-KEY:METHOD=SAMPLE-AES,URI=\"skd://x\""));
-        assert_eq!(encrypted.problem, Problem::AlreadyEncrypted { method: "SAMPLE-AES".into() });
-        assert!(matches!(refused(&media("#EXT-X-MAP:BANDWIDTH=1")).problem, Problem::BadTag { .. }));
-        assert!(matches!(refused(&media("#EXT-X-MAP:URI=\"x")).problem, Problem::BadTag { .. }));
-    }
-
-    #[test]
-    fn a_segment_whose_plaintext_could_be_fetched_is_refused() {
-        let error = refused("#EXTM3U\n#EXTINF:6,\nhttps://open.example/a.ts\n");
-        assert_eq!(error.line, 3);
-        assert!(error.problem.to_string().contains("pass_through"), "{}", error.problem);
-    }
-
-    #[test]
-    fn a_segment_without_a_key_is_refused() {
-        let error = rewrite(LIVE, |rewrite| rewrite.key_at = &|_| None).unwrap_err();
-        assert_eq!((error.line, error.problem), (6, Problem::NoKey { msn: 101 }));
-    }
-}
+mod tests;

@@ -15,8 +15,8 @@ mod playlist;
 mod properties;
 
 pub use error::{PlaylistError, Problem};
-pub use link::{Link, LinkError, LinkedPath, ORIGIN_QUERY_PARAM};
-pub use media::{MediaRewrite, PeriodKey, rewrite_media};
+pub use link::{Link, LinkError, LinkedPath, ORIGIN_QUERY_PARAM, read_successor};
+pub use media::{CipherKey, MediaRewrite, PeriodKey, rewrite_media};
 pub use mounts::{
     BaseUrl, Mount, MountError, Mounts, Place as OriginPath, canonical_path, normalized_path, without_params,
 };

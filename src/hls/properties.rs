@@ -16,7 +16,8 @@ fn rewrite(input: &[u8], iv_mode: IvMode, encrypt_init_sections: bool) -> Result
         let mut id = [0; 16];
         id[..8].copy_from_slice(&(msn.0 / 3).to_be_bytes());
         let id = KeyId::from_bytes(id);
-        Some(PeriodKey { id, method: KeyMethod::Aes128, iv_mode, link: &link })
+        let cipher = CipherKey { id, method: KeyMethod::Aes128, iv_mode, link: &link };
+        Some(PeriodKey { signer: (id, &link), cipher, successor: None })
     };
     let playlist = Playlist::parse(input)?;
     if playlist.kind() == Kind::Multivariant {

@@ -6,7 +6,11 @@
 
 mod derive;
 mod envelope;
+#[cfg(test)]
+mod histories;
 mod ids;
+mod lifecycle;
+mod plan;
 mod policy;
 mod schedule;
 mod secret;
@@ -16,8 +20,10 @@ mod time;
 pub use derive::{Iv, IvMode, LinkMac, Place, Resource};
 pub use envelope::{Context, EnvelopeError, NONCE_LEN, SEAL_OVERHEAD, open, seal};
 pub use ids::{DekId, DekVersion, IdError, KeyId, MediaSequenceNumber, Ordinal, StreamId};
+pub use lifecycle::{KeyState, TRANSITIONS, Transition};
+pub use plan::{Situation, plan};
 pub use policy::{KeyMethod, Policy, PolicyError};
-pub use schedule::{Boundary, Edge, Marks, PlaylistWindow, Reason, Schedule, Situation, plan};
+pub use schedule::{Boundary, Edge, Marks, PlaylistWindow, Reason, Schedule};
 pub use secret::{CONTENT_SECRET_LEN, ContentKey, ContentSecrets, DataEncryptionKey, LinkKey, SecretError};
-pub use sweep::{KeyFacts, KeyOp, KeyState, RenditionFacts, StreamFacts, sweep};
+pub use sweep::{KeyFacts, KeyOp, REPORT_INTERVAL, REPORT_SLACK, RenditionFacts, StreamFacts, sweep};
 pub use time::Timestamp;

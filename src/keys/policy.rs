@@ -59,6 +59,11 @@ pub struct Policy {
     pub cdn_ttl: Duration,
     pub iv_mode: IvMode,
     pub encrypt_init_sections: bool,
+    /// Whether an operator may take keys back (the guide's `emergencyRotationEnabled`).
+    pub emergency_rotation: bool,
+    /// For how many Target Durations after a revocation segments are still served under the revoked key to
+    /// players that hold an older playlist. 0: not at all.
+    pub revocation_transition: u32,
 }
 
 impl Default for Policy {
@@ -73,6 +78,8 @@ impl Default for Policy {
             cdn_ttl: Duration::from_secs(60),
             iv_mode: IvMode::Segment,
             encrypt_init_sections: false,
+            emergency_rotation: true,
+            revocation_transition: 2,
         }
     }
 }
@@ -107,6 +114,9 @@ impl Policy {
         }
         if self.cdn_ttl > year {
             return wrong("cdn_ttl", "must be at most a year");
+        }
+        if self.revocation_transition > 100 {
+            return wrong("revocation_transition", "must be at most 100 Target Durations");
         }
         if self.lead_segments > 100 {
             return wrong("lead_segments", "must be at most 100");

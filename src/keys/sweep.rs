@@ -7,39 +7,15 @@
 use std::time::Duration;
 
 use super::ids::Ordinal;
+use super::lifecycle::KeyState;
 use super::policy::Policy;
 use super::time::Timestamp;
 
-/// A content key's state, after NIST SP 800-57 part 1 §7.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KeyState {
-    /// Made and stored, not in use.
-    PreActive,
-    /// Segments are, or may be, encrypted under it.
-    Active,
-    /// No playlist that is published now names it; held for those who still hold an older one.
-    Deactivated,
-    /// Its bytes are gone.
-    Destroyed,
-}
-
-impl KeyState {
-    const ALL: [KeyState; 4] =
-        [KeyState::PreActive, KeyState::Active, KeyState::Deactivated, KeyState::Destroyed];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            KeyState::PreActive => "pre-active",
-            KeyState::Active => "active",
-            KeyState::Deactivated => "deactivated",
-            KeyState::Destroyed => "destroyed",
-        }
-    }
-
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|state| state.name() == name)
-    }
-}
+/// How late the node that sweeps may hear what another one served: nodes tell every
+/// [`REPORT_INTERVAL`], and a node that cannot suspends the destruction of keys (`engine`).
+pub const REPORT_SLACK: Duration = Duration::from_secs(20);
+/// How often a node tells what it served.
+pub const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 
 /// What a sweep must know of a content key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,8 +25,11 @@ pub struct KeyFacts {
     pub activated_at: Option<Timestamp>,
     /// Every rendition must go over to it.
     pub forced: bool,
-    pub deactivated_at: Option<Timestamp>,
-    /// When a playlist that names it was last served, as far as this process can know.
+    /// When it was deactivated, or revoked.
+    pub retired_at: Option<Timestamp>,
+    /// Of a compromised key: the one that takes its place in what was published under it.
+    pub successor: Option<Ordinal>,
+    /// When a playlist that names it was last served, as far as the nodes have told one another.
     pub last_named_at: Timestamp,
 }
 
@@ -73,8 +52,10 @@ pub struct RenditionFacts {
 /// A stream as a sweep sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamFacts {
-    /// In the order of their ordinals, without gaps.
+    /// Those that are not destroyed, in the order of their ordinals.
     pub keys: Vec<KeyFacts>,
+    /// One past the highest ordinal that was ever made.
+    pub next: Ordinal,
     pub renditions: Vec<RenditionFacts>,
     /// The highest ordinal that a boundary names.
     pub scheduled: Option<Ordinal>,
@@ -101,9 +82,17 @@ pub fn sweep(stream: &StreamFacts, policy: &Policy, now: Timestamp) -> Vec<KeyOp
     let mut ops = Vec::new();
     let head = stream.keys.iter().rev().find(|key| key.activated_at.is_some());
     let promoted = promotion(stream, head, policy, now);
-    generate(stream, policy, promoted.is_some(), &mut ops);
-    ops.extend(promoted.or_else(|| force(stream, head?, policy, now)));
-    retire(stream, head, policy, now, &mut ops);
+    // The newest key once the promotion is done, and whether every rendition goes over to it.
+    let newest = match &promoted {
+        Some(KeyOp::Promote { ordinal, forced, .. }) => Some((*ordinal, *forced)),
+        _ => head.map(|head| (head.ordinal, head.forced)),
+    };
+    generate(stream, policy, newest.map(|(newest, _)| newest), &mut ops);
+    ops.extend(promoted);
+    if let Some((newest, is_forced)) = newest {
+        ops.extend(force(stream, newest, policy, now).filter(|_| !is_forced));
+        retire(stream, newest, policy, now, &mut ops);
+    }
     ops
 }
 
@@ -115,7 +104,9 @@ fn promotion(
     now: Timestamp,
 ) -> Option<KeyOp> {
     let Some(head) = head else {
-        let ordinal = stream.scheduled.unwrap_or(Ordinal::FIRST);
+        let waiting = stream.keys.iter().find(|key| key.state.may_encrypt());
+        let first = waiting.map_or(stream.next, |key| key.ordinal);
+        let ordinal = stream.scheduled.map_or(first, |scheduled| scheduled.max(first));
         return Some(KeyOp::Promote { ordinal, forced: false, reason: "the stream's first key" });
     };
     let is_vod = !stream.renditions.is_empty() && stream.renditions.iter().all(|r| r.ended);
@@ -124,30 +115,43 @@ fn promotion(
         return Some(KeyOp::Promote { ordinal, forced: false, reason: "a boundary names it already" });
     }
     let age = now.since(head.activated_at?);
-    (policy.rotation_interval.is_some_and(|interval| age >= interval) && !is_vod).then(|| {
-        let ordinal = head.ordinal.next();
-        KeyOp::Promote { ordinal, forced: true, reason: "the rotation interval has passed" }
-    })
+    let reason = match policy.rotation_interval {
+        _ if head.state > KeyState::Active => "the newest key is not in use any more",
+        Some(interval) if age >= interval && !is_vod => "the rotation interval has passed",
+        _ => return None,
+    };
+    Some(KeyOp::Promote { ordinal: stream.after(head.ordinal), forced: true, reason })
+}
+
+impl StreamFacts {
+    /// The next ordinal behind `ordinal` whose key can be used, or is still to be made.
+    pub fn after(&self, ordinal: Ordinal) -> Ordinal {
+        let usable = |key: &&KeyFacts| key.ordinal > ordinal && key.state.may_encrypt();
+        self.keys.iter().find(usable).map_or(self.next.max(ordinal.next()), |key| key.ordinal)
+    }
 }
 
 /// The newest key is young, because some rendition's count made it; another is still under an old one.
-fn force(stream: &StreamFacts, head: &KeyFacts, policy: &Policy, now: Timestamp) -> Option<KeyOp> {
+fn force(stream: &StreamFacts, newest: Ordinal, policy: &Policy, now: Timestamp) -> Option<KeyOp> {
     let interval = policy.rotation_interval?;
     let is_old = |ordinal: Ordinal| {
         let key = stream.keys.iter().find(|key| key.ordinal == ordinal);
         key.and_then(|key| key.activated_at).is_some_and(|at| now.since(at) >= interval)
     };
-    let lags = |r: &RenditionFacts| !r.ended && r.current < head.ordinal && is_old(r.current);
-    let due = !head.forced && stream.renditions.iter().any(lags);
+    let lags = |r: &RenditionFacts| !r.ended && r.current < newest && is_old(r.current);
+    let due = stream.renditions.iter().any(lags);
     let reason = "a rendition's key is older than the rotation interval";
-    due.then_some(KeyOp::Force { ordinal: head.ordinal, reason })
+    due.then_some(KeyOp::Force { ordinal: newest, reason })
 }
 
-fn generate(stream: &StreamFacts, policy: &Policy, promoting: bool, ops: &mut Vec<KeyOp>) {
-    let waiting = stream.keys.iter().filter(|key| key.state == KeyState::PreActive).count() as u32;
-    let wanted = policy.pre_generate_keys + u32::from(promoting);
-    let next = stream.keys.last().map_or(0, |key| key.ordinal.0 + 1);
-    for ordinal in next..next + wanted.saturating_sub(waiting) {
+/// As many keys are to wait behind the newest as the policy says.
+fn generate(stream: &StreamFacts, policy: &Policy, newest: Option<Ordinal>, ops: &mut Vec<KeyOp>) {
+    let behind = |key: &&KeyFacts| newest.is_none_or(|newest| key.ordinal > newest);
+    let waiting =
+        stream.keys.iter().filter(|key| key.state == KeyState::PreActive).filter(behind).count() as u32;
+    let first = newest.map_or(stream.next, |newest| stream.next.max(newest.next()));
+    let end = first.0.saturating_add(policy.pre_generate_keys.saturating_sub(waiting));
+    for ordinal in stream.next.0..end {
         ops.push(KeyOp::Generate {
             ordinal: Ordinal(ordinal),
             reason: "fewer keys wait than pre_generate_keys asks for",
@@ -155,41 +159,55 @@ fn generate(stream: &StreamFacts, policy: &Policy, promoting: bool, ops: &mut Ve
     }
 }
 
-fn retire(
-    stream: &StreamFacts,
-    head: Option<&KeyFacts>,
-    policy: &Policy,
-    now: Timestamp,
-    ops: &mut Vec<KeyOp>,
-) {
-    let Some(head) = head else { return };
+fn retire(stream: &StreamFacts, newest: Ordinal, policy: &Policy, now: Timestamp, ops: &mut Vec<KeyOp>) {
     let longest = stream.renditions.iter().map(|r| r.longest_playlist).max().unwrap_or_default();
     let retention = policy.retention(longest);
-    let is_held = |ordinal: Ordinal| {
-        stream.renditions.iter().any(|r| {
-            // A sliding rendition that nobody has fetched for the whole retention holds nothing back; if it
-            // is asked for again, it begins anew.
-            let behind = r.keeps_all && ordinal > r.current;
-            let idle = !r.keeps_all && now.since(r.last_served_at) >= retention;
-            ordinal >= r.lowest_in_use && !behind && !idle
-        })
-    };
-    for key in stream.keys.iter().filter(|key| key.ordinal < head.ordinal && !is_held(key.ordinal)) {
+    let is_over = |at: Timestamp| now.since(at) >= retention + REPORT_SLACK;
+    let held = held(stream, policy, now);
+    let past = stream.keys.iter().zip(held).filter(|(key, is_held)| key.ordinal < newest && !is_held);
+    for (key, _) in past {
         match key.state {
-            KeyState::Active => {
+            // One that waits before the newest is active once the promotion is done.
+            KeyState::PreActive | KeyState::Active => {
                 ops.push(KeyOp::Deactivate { ordinal: key.ordinal, reason: "no published playlist names it" })
             }
-            KeyState::Deactivated
-                if key.deactivated_at.is_some_and(|at| now.since(at) >= retention)
-                    && now.since(key.last_named_at) >= retention =>
+            KeyState::Deactivated | KeyState::Compromised
+                if key.retired_at.is_some_and(is_over) && is_over(key.last_named_at) =>
             {
                 ops.push(KeyOp::Destroy {
                     ordinal: key.ordinal,
                     reason: "no playlist that can still be held names it",
                 });
             }
-            KeyState::PreActive | KeyState::Deactivated | KeyState::Destroyed => {}
+            _ => {}
         }
+    }
+}
+
+/// For each key, whether a published playlist names it, or whoever asks next would get one that does.
+fn held(stream: &StreamFacts, policy: &Policy, now: Timestamp) -> Vec<bool> {
+    let is_named = |ordinal: Ordinal| stream.renditions.iter().any(|r| r.names(ordinal, policy, now));
+    let mut held: Vec<_> = stream.keys.iter().map(|key| is_named(key.ordinal)).collect();
+    // In place of a revoked key, playlists name its successor. Successors come behind, so one pass is enough.
+    for at in 0..held.len() {
+        let Some(successor) = stream.keys[at].successor.filter(|_| held[at]) else { continue };
+        if let Ok(at) = stream.keys.binary_search_by_key(&successor, |key| key.ordinal) {
+            held[at] = true;
+        }
+    }
+    held
+}
+
+impl RenditionFacts {
+    /// Whether nobody holds a playlist of it that slides: whoever asks next begins it anew.
+    pub fn is_idle(&self, policy: &Policy, now: Timestamp) -> bool {
+        let retention = policy.retention(self.longest_playlist);
+        !self.keeps_all && now.since(self.last_served_at) >= retention + REPORT_SLACK
+    }
+
+    fn names(&self, ordinal: Ordinal, policy: &Policy, now: Timestamp) -> bool {
+        let behind = self.keeps_all && ordinal > self.current;
+        ordinal >= self.lowest_in_use && !behind && !self.is_idle(policy, now)
     }
 }
 
@@ -209,7 +227,8 @@ mod tests {
             state,
             activated_at: activated_secs.map(at),
             forced: false,
-            deactivated_at: (state == KeyState::Deactivated).then_some(at(0)),
+            retired_at: (state >= KeyState::Deactivated).then_some(at(0)),
+            successor: None,
             last_named_at: START,
         }
     }
@@ -240,7 +259,8 @@ mod tests {
     }
 
     fn facts(keys: Vec<KeyFacts>, renditions: Vec<RenditionFacts>) -> StreamFacts {
-        StreamFacts { keys, renditions, scheduled: None }
+        let next = keys.last().map_or(Ordinal::FIRST, |key| key.ordinal.next());
+        StreamFacts { keys, next, renditions, scheduled: None }
     }
 
     fn steady() -> Vec<KeyFacts> {
@@ -261,6 +281,13 @@ mod tests {
             0,
             &[("generate", 0), ("generate", 1), ("generate", 2), ("generate", 3), ("promote", 0)],
         );
+    }
+
+    #[test]
+    fn a_stream_that_begins_anew_goes_on_behind_its_old_keys() {
+        let stream = StreamFacts { next: Ordinal(7), ..facts(vec![], vec![]) };
+        let made = [("generate", 7), ("generate", 8), ("generate", 9), ("generate", 10)];
+        check(&stream, 0, &[&made[..], &[("promote", 7)]].concat());
     }
 
     #[test]
@@ -312,15 +339,15 @@ mod tests {
         keys[0] = key(0, Deactivated, Some(0));
         keys[1] = key(1, Active, Some(10));
         keys.push(key(4, KeyState::PreActive, None));
-        let stream = facts(keys.clone(), vec![live(1, 400)]);
-        // 40 s of playlist, 60 s of CDN, 300 s of grace.
-        check(&stream, 399, &[]);
-        check(&stream, 400, &[("destroy", 0)]);
+        let stream = facts(keys.clone(), vec![live(1, 420)]);
+        // 40 s of playlist, 60 s of CDN, 300 s of grace, 20 s until all nodes have told.
+        check(&stream, 419, &[]);
+        check(&stream, 420, &[("destroy", 0)]);
 
         keys[0].last_named_at = at(100);
-        let still_named = facts(keys, vec![live(1, 499)]);
-        check(&still_named, 499, &[]);
-        check(&still_named, 500, &[("destroy", 0)]);
+        let still_named = facts(keys, vec![live(1, 519)]);
+        check(&still_named, 519, &[]);
+        check(&still_named, 520, &[("destroy", 0)]);
     }
 
     #[test]
@@ -329,9 +356,9 @@ mod tests {
         let mut keys = steady();
         keys[1] = key(1, Active, Some(10));
         keys.push(key(4, KeyState::PreActive, None));
-        let stream = facts(keys, vec![live(0, 0), live(1, 400)]);
-        check(&stream, 399, &[]);
-        check(&stream, 400, &[("deactivate", 0)]);
+        let stream = facts(keys, vec![live(0, 0), live(1, 420)]);
+        check(&stream, 419, &[]);
+        check(&stream, 420, &[("deactivate", 0)]);
     }
 
     #[test]
@@ -357,6 +384,22 @@ mod tests {
         let event = RenditionFacts { keeps_all: true, current: Ordinal(1), ..live(0, 0) };
         let channel = live(3, 1_000);
         check(&facts(keys, vec![event, channel]), 1_000, &[("deactivate", 2)]);
+    }
+
+    #[test]
+    fn a_compromised_key_and_its_successor_live_as_long_as_what_was_published_under_it() {
+        use KeyState::{Active, Compromised, PreActive};
+        let mut keys = vec![key(0, Compromised, Some(0)), key(1, Active, Some(0)), key(2, Active, Some(0))];
+        keys[0].successor = Some(Ordinal(1));
+        keys.extend((3..6).map(|n| key(n, PreActive, None)));
+        let vod = RenditionFacts { ended: true, keeps_all: true, current: Ordinal(0), ..live(0, 0) };
+        // The VOD's own last key is 0; key 1 stands in its place, key 2 was never named by it.
+        check(&facts(keys.clone(), vec![vod]), 9_000, &[]);
+        keys.push(key(6, PreActive, None));
+        keys[3] = key(3, Active, Some(9_000));
+        check(&facts(keys.clone(), vec![vod]), 9_000, &[("deactivate", 2)]);
+        let gone = live(3, 9_000);
+        check(&facts(keys, vec![gone]), 9_000, &[("destroy", 0), ("deactivate", 1), ("deactivate", 2)]);
     }
 
     #[test]

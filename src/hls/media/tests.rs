@@ -1,0 +1,280 @@
+//! Media Playlists in and out.
+
+use super::*;
+use crate::hls::mounts::{BaseUrl, Mount};
+use crate::keys::IvMode;
+
+const DEK: DekId = DekId::from_bytes([0xdd; 16]);
+
+/// Rewrites with ordinal 0 up to MSN 101 and ordinal 1 from there on.
+fn rewrite(input: &str, change: impl FnOnce(&mut MediaRewrite<'_>)) -> Result<String, PlaylistError> {
+    rewrite_where(Keys::default(), input, change)
+}
+
+fn rewrite_in(
+    mode: IvMode,
+    input: &str,
+    change: impl FnOnce(&mut MediaRewrite<'_>),
+) -> Result<String, PlaylistError> {
+    rewrite_where(Keys { mode, ..Keys::default() }, input, change)
+}
+
+/// What is special about the keys of a test.
+#[derive(Default)]
+struct Keys {
+    mode: IvMode,
+    /// Ordinal 0 was revoked, and the key of ordinal 1 has taken its place; it is called 7.
+    revoked: bool,
+}
+
+fn rewrite_where(
+    keys: Keys,
+    input: &str,
+    change: impl FnOnce(&mut MediaRewrite<'_>),
+) -> Result<String, PlaylistError> {
+    let mount = |origin: &str, path, url, pass_through| {
+        let bases = vec![BaseUrl::parse(url).unwrap()];
+        Mount::new(origin.to_owned(), path, bases, pass_through).unwrap()
+    };
+    let mounts = Mounts::new(vec![
+        mount("main", "/", "https://origin.example", false),
+        mount("open", "/open", "https://open.example", true),
+    ])
+    .unwrap();
+    let from = mounts.locate("/live/ch1/720p.m3u8").unwrap();
+    let links = [LinkKey::from_bytes([1; 32]), LinkKey::from_bytes([2; 32])];
+    let key_at = |msn: MediaSequenceNumber| {
+        let ordinal = usize::from(msn.0 > 101);
+        let id = |ordinal: usize| KeyId::from_bytes([ordinal as u8; 16]);
+        let in_force = if keys.revoked { 1 } else { ordinal };
+        Some(PeriodKey {
+            signer: (id(ordinal), &links[ordinal]),
+            cipher: CipherKey {
+                id: id(in_force),
+                method: KeyMethod::Aes128,
+                iv_mode: keys.mode,
+                link: &links[in_force],
+            },
+            successor: keys.revoked.then_some(Ordinal(7)),
+        })
+    };
+    let mut rewrite = MediaRewrite {
+        mounts: &mounts,
+        from: &from,
+        is_protected: &|_| false,
+        encrypt_init_sections: false,
+        key_uri_base: "/api/hls/keys/",
+        clear_init: (DEK, &links[0]),
+        key_at: &key_at,
+    };
+    change(&mut rewrite);
+    rewrite_media(&Playlist::parse(input.as_bytes()).unwrap(), &rewrite)
+}
+
+/// Compares with what changes from run to run of the derivation cut out: MACs and IVs, which
+/// `keys::derive` pins. `{0}` and `{1}` stand for the key IDs, `{d}` for the DEK's.
+fn check(input: &str, change: impl FnOnce(&mut MediaRewrite<'_>), expected: &str) {
+    check_output(&rewrite(input, change).unwrap(), expected);
+}
+
+fn check_output(output: &str, expected: &str) {
+    let mut shown = String::new();
+    for line in output.split_inclusive('\n') {
+        let line = line
+            .replace(&"00".repeat(16), "{0}")
+            .replace(&"01".repeat(16), "{1}")
+            .replace(&"dd".repeat(16), "{d}");
+        let line = match line.split_once("IV=0x") {
+            Some((before, after)) => format!("{before}IV={}", &after[32..]),
+            None => line,
+        };
+        match line.find("~{").map(|at| (at, line[at..].find('/').unwrap_or(0))) {
+            Some((at, len)) => {
+                let link = &line[at..at + len];
+                let without_mac = link.rsplit_once('.').unwrap().0;
+                shown.push_str(&[&line[..at], without_mac, &line[at + len..]].concat());
+            }
+            None => shown.push_str(&line),
+        }
+    }
+    assert_eq!(shown, expected);
+}
+
+fn refused(input: &str) -> PlaylistError {
+    rewrite(input, |_| {}).unwrap_err()
+}
+
+const LIVE: &str = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:6\n#EXT-X-MEDIA-SEQUENCE:101\n\
+    #EXTINF:6.000,\nseg_101.ts\n\
+    #EXT-X-PROGRAM-DATE-TIME:2026-01-01T00:00:06Z\n#EXTINF:6.000,title, with comma\nseg_102.ts\n";
+
+#[test]
+fn a_live_playlist_names_a_key_before_every_segment() {
+    check(
+        LIVE,
+        |_| {},
+        "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:6\n#EXT-X-MEDIA-SEQUENCE:101\n\
+         #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
+         #EXTINF:6.000,\n~{0}.101/seg_101.ts\n\
+         #EXT-X-PROGRAM-DATE-TIME:2026-01-01T00:00:06Z\n\
+         #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{1}\",IV=\n\
+         #EXTINF:6.000,title, with comma\n~{1}.102/seg_102.ts\n",
+    );
+}
+
+#[test]
+fn period_mode_names_a_key_once_a_period() {
+    let input = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-MEDIA-SEQUENCE:100\n\
+                 #EXTINF:6,\na.ts\n#EXTINF:6,\nb.ts\n#EXTINF:6,\nc.ts\n";
+    check_output(
+        &rewrite_in(IvMode::Period, input, |_| {}).unwrap(),
+        "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-MEDIA-SEQUENCE:100\n\
+         #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
+         #EXTINF:6,\n~{0}.100/a.ts\n#EXTINF:6,\n~{0}.101/b.ts\n\
+         #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{1}\",IV=\n\
+         #EXTINF:6,\n~{1}.102/c.ts\n",
+    );
+}
+
+#[test]
+fn a_version_that_is_missing_or_too_low_is_raised_and_no_further() {
+    check(
+        "#EXTM3U\r\n#EXTINF:6,\r\na.ts\r\n",
+        |_| {},
+        "#EXTM3U\r\n#EXT-X-VERSION:2\r\n\
+         #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\r\n\
+         #EXTINF:6,\r\n~{0}.0/a.ts\r\n",
+    );
+    let low = rewrite("#EXTM3U\n#EXT-X-VERSION:1\n#EXTINF:6,\na.ts\n", |_| {}).unwrap();
+    assert!(low.starts_with("#EXTM3U\n#EXT-X-VERSION:2\n#EXT-X-KEY"), "{low}");
+}
+
+const FMP4: &str = "#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-MEDIA-SEQUENCE:100\n\
+    #EXT-X-MAP:URI=\"init.mp4\",X-ODD=1\n#EXTINF:6,\na.m4s\n\
+    #EXT-X-DISCONTINUITY\n#EXT-X-MAP:URI=\"../ads/init.mp4\"\n#EXTINF:6,\nb.m4s\n";
+
+#[test]
+fn clear_init_sections_stand_under_no_key() {
+    check(
+        FMP4,
+        |_| {},
+        "#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-MEDIA-SEQUENCE:100\n\
+         #EXT-X-MAP:URI=\"~{d}.clear/init.mp4\",X-ODD=1\n\
+         #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
+         #EXTINF:6,\n~{0}.100/a.m4s\n\
+         #EXT-X-DISCONTINUITY\n#EXT-X-KEY:METHOD=NONE\n\
+         #EXT-X-MAP:URI=\"../ads/~{d}.clear/init.mp4\"\n\
+         #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
+         #EXTINF:6,\n~{0}.101/b.m4s\n",
+    );
+}
+
+#[test]
+fn encrypted_init_sections_have_a_key_of_their_own_before_them() {
+    check(
+        FMP4,
+        |rewrite| rewrite.encrypt_init_sections = true,
+        "#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-MEDIA-SEQUENCE:100\n\
+         #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
+         #EXT-X-MAP:URI=\"~{0}.init/init.mp4\",X-ODD=1\n\
+         #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
+         #EXTINF:6,\n~{0}.100/a.m4s\n\
+         #EXT-X-DISCONTINUITY\n\
+         #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
+         #EXT-X-MAP:URI=\"../ads/~{0}.init/init.mp4\"\n\
+         #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
+         #EXTINF:6,\n~{0}.101/b.m4s\n",
+    );
+}
+
+#[test]
+fn a_gap_links_nothing() {
+    let input = "#EXTM3U\n#EXT-X-VERSION:8\n#EXT-X-GAP\n#EXTINF:6,\nmissing.ts\n#EXTINF:6,\na.ts\n";
+    check(
+        input,
+        |_| {},
+        "#EXTM3U\n#EXT-X-VERSION:8\n#EXT-X-GAP\n#EXTINF:6,\nmissing.ts\n\
+         #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n#EXTINF:6,\n~{0}.1/a.ts\n",
+    );
+}
+
+#[test]
+fn a_key_of_method_none_is_ours_to_leave_out() {
+    let output = rewrite("#EXTM3U\n#EXT-X-KEY:METHOD=NONE\n#EXTINF:6,\na.ts\n#EXT-X-ENDLIST", |_| {});
+    let output = output.unwrap();
+    assert!(!output.contains("METHOD=NONE"), "{output}");
+    assert!(output.ends_with("\n#EXT-X-ENDLIST"), "{output}");
+}
+
+#[test]
+fn an_origins_query_goes_behind_the_link() {
+    let output = rewrite("#EXTM3U\n#EXTINF:6,\na.ts?sig=1%2F2\n", |_| {}).unwrap();
+    let uri = output.lines().last().unwrap();
+    assert!(uri.contains("/a.ts?_oq=") && !uri.contains("sig"), "{uri}");
+}
+
+#[test]
+fn a_revoked_period_keeps_its_paths_and_names_its_successor() {
+    let input = "#EXTM3U\n#EXT-X-VERSION:3\n#EXTINF:6,\na.ts\n";
+    let links_now = rewrite_where(Keys { revoked: true, ..Keys::default() }, input, |_| {}).unwrap();
+    check_output(
+        &links_now,
+        "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{1}\",IV=\n\
+         #EXTINF:6,\n~{0}.0/a.ts?r=7\n",
+    );
+    let links_before = rewrite(input, |_| {}).unwrap();
+    let path = |text: &str| text.lines().last().unwrap().split('?').next().unwrap().to_owned();
+    assert_eq!(path(&links_now), path(&links_before), "a published path never changes");
+
+    let signed = "#EXTM3U\n#EXTINF:6,\na.ts?sig=1\n";
+    let output = rewrite_where(Keys { revoked: true, ..Keys::default() }, signed, |_| {}).unwrap();
+    assert!(output.contains("?_oq=") && output.ends_with("&r=7\n"), "{output}");
+}
+
+#[test]
+fn references_that_players_would_encode_differently_become_plain_paths() {
+    let output = rewrite("#EXTM3U\n#EXTINF:6,\nmy seg.ts\n", |_| {}).unwrap();
+    let uri = output.lines().last().unwrap();
+    assert!(uri.starts_with("/live/ch1/~") && uri.ends_with("/my%20seg.ts"), "{uri}");
+}
+
+#[test]
+fn other_allowed_origins_are_linked_through_their_mount() {
+    let output = rewrite("#EXTM3U\n#EXTINF:6,\nhttps://origin.example/x/a.ts\n", |_| {}).unwrap();
+    assert!(output.lines().last().unwrap().starts_with("/x/~"), "{output}");
+}
+
+#[test]
+fn what_cannot_be_rewritten_rightly_is_refused_with_its_line() {
+    let media = |middle: &str| format!("#EXTM3U\n{middle}\n#EXTINF:6,\na.ts\n");
+    for tag in [
+        "#EXT-X-BYTERANGE:100@0",
+        "#EXT-X-I-FRAMES-ONLY",
+        "#EXT-X-PART:DURATION=1,URI=\"p\"",
+        "#EXT-X-PRELOAD-HINT:TYPE=PART,URI=\"p\"",
+        "#EXT-X-SKIP:SKIPPED-SEGMENTS=3",
+        "#EXT-X-DEFINE:NAME=\"a\",VALUE=\"b\"",
+        "#EXT-X-MAP:URI=\"i.mp4\",BYTERANGE=\"10@0\"",
+    ] {
+        let error = refused(&media(tag));
+        assert_eq!(error.line, 2, "{tag}");
+        assert!(matches!(error.problem, Problem::Unsupported { .. }), "{tag}: {error:?}");
+    }
+    let encrypted = refused(&media("#EXT-X-KEY:METHOD=SAMPLE-AES,URI=\"skd://x\""));
+    assert_eq!(encrypted.problem, Problem::AlreadyEncrypted { method: "SAMPLE-AES".into() });
+    assert!(matches!(refused(&media("#EXT-X-MAP:BANDWIDTH=1")).problem, Problem::BadTag { .. }));
+    assert!(matches!(refused(&media("#EXT-X-MAP:URI=\"x")).problem, Problem::BadTag { .. }));
+}
+
+#[test]
+fn a_segment_whose_plaintext_could_be_fetched_is_refused() {
+    let error = refused("#EXTM3U\n#EXTINF:6,\nhttps://open.example/a.ts\n");
+    assert_eq!(error.line, 3);
+    assert!(error.problem.to_string().contains("pass_through"), "{}", error.problem);
+}
+
+#[test]
+fn a_segment_without_a_key_is_refused() {
+    let error = rewrite(LIVE, |rewrite| rewrite.key_at = &|_| None).unwrap_err();
+    assert_eq!((error.line, error.problem), (6, Problem::NoKey { msn: 101 }));
+}
