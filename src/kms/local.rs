@@ -12,6 +12,7 @@ use thiserror::Error;
 use zeroize::Zeroizing;
 
 use crate::entropy;
+use crate::fault;
 use crate::keys::{Context, DataEncryptionKey, EnvelopeError, NONCE_LEN, open, seal};
 
 const PROVIDER: &str = "local";
@@ -100,9 +101,12 @@ impl LocalKms {
         let written = writeln!(file, "# keyshield master keys: the first wraps, all unwrap")
             .and_then(|()| writeln!(file, "{id}:{}", &*key))
             .and_then(|()| file.sync_all())
+            .inspect(|()| fault::point("master key: written, no name"))
             // A link, not a rename: it fails where another process was first, instead of taking its place.
             .and_then(|()| fs::hard_link(&draft, path));
+        fault::point("master key: named, draft there");
         fs::remove_file(&draft)?;
+        fault::point("master key: made");
         written?;
         match path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
             Some(dir) => File::open(dir)?.sync_all(),
