@@ -1,14 +1,23 @@
 //! Rotation: streams in memory, and the one who changes them.
 //!
-//! [`Engine`] is what the data plane and the control plane hold: shared memory to read and a channel to ask
-//! through. [`Worker`] owns the store and the KMS, runs in the control plane's runtime, and is the only one
-//! that changes anything, a stream at a time. The pure rooms decide; this one carries out.
+//! [`Engine`] is what the data plane holds: shared memory to read and a channel to ask through. [`Operator`] is
+//! what the control plane holds: it changes streams as operators ask. [`Worker`] owns the store and the KMS, runs
+//! in the control plane's runtime, sweeps, and keeps this node in step with the others. The pure rooms decide;
+//! this one carries out.
 //!
 //! Deliberately absent: playlist text and HTTP.
 
+mod declare;
+mod directory;
 mod extend;
-mod load;
+mod live;
+mod make;
+mod merge;
+mod operate;
+mod operator;
 mod stream;
+mod sweeps;
+mod sync;
 #[cfg(test)]
 mod tests;
 mod worker;
@@ -19,14 +28,21 @@ use std::time::Duration;
 
 use parking_lot::RwLock;
 use thiserror::Error;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot, watch};
 
+use directory::Directory;
+pub use live::{ClearInitSigner, LiveKey, Revoked};
+pub use operate::Operator;
+pub use operator::{
+    Erased, Initialized, KeyInfo, ManualRotation, OperatorError, PolicyChange, Revocation, StreamChange,
+    StreamInfo, StreamSpec, StreamState,
+};
 use stream::NotYet;
-pub use stream::{ClearInitSigner, LiveKey, Published, Rotation, Stream, StreamSettings};
-pub use worker::{Worker, WorkerError};
+pub use stream::{Published, PublishedKey, Shown, Stream};
+pub use worker::{Fleet, Parting, Worker, WorkerError};
 
 use crate::clock::Clock;
-use crate::keys::{DekId, KeyId, PlaylistWindow, Timestamp};
+use crate::keys::{DekId, KeyId, Ordinal, StreamId, Timestamp};
 use crate::telemetry::Metrics;
 
 /// Questions that may wait for the worker; more are turned away rather than kept in memory.
@@ -35,8 +51,10 @@ const QUEUE_LEN: usize = 4_096;
 const ROTATIONS_KEPT: usize = 256;
 /// How long a playlist request waits for its boundaries to be stored.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a request for a key that is not known here waits for news from the store.
+const NEWS_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A sweep that takes longer than this is taken for stuck.
+/// A node that has not swept, nor heard from the store, for longer than this is taken for stuck.
 const SWEEP_OVERDUE: Duration = Duration::from_secs(60);
 /// A rendition whose numbers jump back more often than this is fed by two origins that disagree.
 const RESET_INTERVAL: Duration = Duration::from_secs(30);
@@ -59,18 +77,30 @@ pub enum EngineError {
 pub struct EngineStatus {
     /// Keys are loaded and can be served.
     pub ready: bool,
-    /// The last sweep did all that it should.
+    /// Due rotations are carried out: by this node, or by another that this one hears from.
     pub rotating: bool,
+    /// The store answers.
+    pub store_up: bool,
+    /// Streams that are served.
     pub streams: usize,
     /// Streams whose newest key is older than its interval and the overdue threshold.
     pub overdue_rotations: usize,
+}
+
+/// A promotion, as it is told to those who listen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rotation {
+    pub stream: StreamId,
+    pub ordinal: Ordinal,
+    pub key: KeyId,
+    pub reason: String,
 }
 
 /// Asks the worker for the boundaries that a window calls for.
 struct Extend {
     stream: Arc<Stream>,
     rendition: String,
-    window: PlaylistWindow,
+    shown: Shown,
     /// Nobody waits where the boundaries lie ahead of the window.
     reply: Option<oneshot::Sender<Result<(), EngineError>>>,
     /// Held until the question is answered.
@@ -86,32 +116,47 @@ pub struct Engine {
 }
 
 struct Shared {
-    /// By the length of their prefixes, longest first.
-    streams: Vec<Arc<Stream>>,
+    directory: RwLock<Directory>,
     keys: RwLock<HashMap<KeyId, Arc<LiveKey>>>,
     clear_inits: RwLock<HashMap<DekId, Arc<ClearInitSigner>>>,
     status: RwLock<EngineStatus>,
-    swept_at: RwLock<Timestamp>,
+    /// When this node last swept, or heard from the store that another may be sweeping.
+    alive_at: RwLock<Timestamp>,
     rotations: broadcast::Sender<Rotation>,
+    news: Newsstand,
     clock: Clock,
     metrics: Metrics,
 }
 
+/// Where requests for what is not known here wait for news from the store.
+struct Newsstand {
+    /// Rung by who wants news.
+    wanted: tokio::sync::Notify,
+    /// How often the store was asked for changes, and how many of these times the answer is in.
+    begun: watch::Sender<u64>,
+    done: watch::Sender<u64>,
+    /// No other node can have anything to tell.
+    is_alone: std::sync::atomic::AtomicBool,
+}
+
 impl Engine {
-    /// An engine that knows its streams but no keys, and what its worker needs to load them.
-    pub fn new(streams: Vec<StreamSettings>, clock: Clock, metrics: Metrics) -> (Self, WorkerSeat) {
-        let mut streams: Vec<_> = streams.into_iter().map(|s| Arc::new(Stream::new(s))).collect();
-        streams.sort_by_key(|stream| std::cmp::Reverse(stream.settings.prefix.len()));
-        metrics.streams.set(i64::try_from(streams.len()).unwrap_or(i64::MAX));
+    /// An engine that knows nothing yet, and what its worker needs to load its streams.
+    pub fn new(clock: Clock, metrics: Metrics) -> (Self, WorkerSeat) {
         let status =
-            EngineStatus { ready: false, rotating: false, streams: streams.len(), overdue_rotations: 0 };
+            EngineStatus { ready: false, rotating: false, store_up: false, streams: 0, overdue_rotations: 0 };
         let shared = Arc::new(Shared {
-            streams,
+            directory: RwLock::default(),
             keys: RwLock::default(),
             clear_inits: RwLock::default(),
             status: RwLock::new(status),
-            swept_at: RwLock::new(clock.now()),
+            alive_at: RwLock::new(clock.now()),
             rotations: broadcast::channel(ROTATIONS_KEPT).0,
+            news: Newsstand {
+                wanted: tokio::sync::Notify::new(),
+                begun: watch::Sender::new(0),
+                done: watch::Sender::new(0),
+                is_alone: std::sync::atomic::AtomicBool::new(false),
+            },
             clock,
             metrics,
         });
@@ -122,39 +167,93 @@ impl Engine {
         )
     }
 
-    /// The stream that owns a path at an origin. `path` has its percent-encoding undone.
-    pub fn stream_at(&self, origin: &str, path: &str) -> Option<&Arc<Stream>> {
-        self.shared
-            .streams
-            .iter()
-            .find(|s| s.settings.origin == origin && path.starts_with(&s.settings.prefix))
-    }
-
-    /// A content key that is not destroyed.
-    pub fn key(&self, id: KeyId) -> Option<Arc<LiveKey>> {
-        self.shared.keys.read().get(&id).cloned()
-    }
-
-    /// Who signs the links of clear init sections under a DEK.
-    pub fn clear_init_signer(&self, id: DekId) -> Option<Arc<ClearInitSigner>> {
-        self.shared.clear_inits.read().get(&id).cloned()
-    }
-
-    pub fn status(&self) -> EngineStatus {
-        let status = *self.shared.status.read();
-        // A sweep that has not come round for so long does not come any more.
-        let stuck = self.shared.clock.now().since(*self.shared.swept_at.read()) > SWEEP_OVERDUE;
-        EngineStatus { rotating: status.rotating && !stuck, ..status }
+    /// The stream that owns a path at an origin, running or stopped. `path` has its percent-encoding undone.
+    pub fn stream_at(&self, origin: &str, path: &str) -> Option<Arc<Stream>> {
+        self.shared.directory.read().owner(origin, path).cloned()
     }
 
     /// Whether a path at an origin belongs to a stream when letters are compared without their case, as some
     /// origins do. `path` has its percent-encoding undone.
     pub fn is_like_a_streams(&self, origin: &str, path: &str) -> bool {
-        let path = path.to_lowercase();
-        let owns = |s: &Arc<Stream>| {
-            s.settings.origin == origin && path.starts_with(&s.settings.prefix.to_lowercase())
-        };
-        self.shared.streams.iter().any(owns)
+        self.shared.directory.read().has_like(origin, path)
+    }
+
+    /// A content key that is not destroyed, of a stream that is served; revoked ones too. One that is not known
+    /// here may have been made by another node a moment ago: the store is asked, once for all who wait.
+    pub async fn key(&self, id: KeyId) -> Option<Arc<LiveKey>> {
+        let find = || self.shared.keys.read().get(&id).cloned();
+        self.find_or_hear(find).await.filter(|key| key.serving.load(std::sync::atomic::Ordering::Acquire))
+    }
+
+    /// Who signs the links of clear init sections under a DEK.
+    pub async fn clear_init_signer(&self, id: DekId) -> Option<Arc<ClearInitSigner>> {
+        let find = || self.shared.clear_inits.read().get(&id).cloned();
+        let signer = self.find_or_hear(find).await?;
+        signer.serving.load(std::sync::atomic::Ordering::Acquire).then_some(signer)
+    }
+
+    async fn find_or_hear<T>(&self, find: impl Fn() -> Option<T>) -> Option<T> {
+        if let Some(found) = find() {
+            return Some(found);
+        }
+        let news = &self.shared.news;
+        if news.is_alone.load(std::sync::atomic::Ordering::Relaxed) {
+            return None;
+        }
+        // News that were asked for before now may lack what is looked for.
+        let mut done = news.done.subscribe();
+        let wanted = *news.begun.borrow() + 1;
+        news.wanted.notify_one();
+        // Without news, what is known is all that can be said.
+        let _ = tokio::time::timeout(NEWS_TIMEOUT, done.wait_for(|done| *done >= wanted)).await;
+        find()
+    }
+
+    /// The keys that take a revoked key's place, one after the other; the last one is in force. Empty when it was
+    /// not revoked.
+    pub fn successors(&self, key: &LiveKey) -> Vec<Arc<LiveKey>> {
+        let mut chain: Vec<Arc<LiveKey>> = Vec::new();
+        let Some(stream) = self.shared.directory.read().get(&key.stream).cloned() else { return chain };
+        let known = stream.known.read();
+        let mut revoked = key.revoked().map(|revoked| (key.ordinal, revoked.successor));
+        while let Some((ordinal, successor)) = revoked {
+            let Some(next) = known.keys.get(&successor).filter(|next| next.live.ordinal > ordinal) else {
+                break;
+            };
+            chain.push(Arc::clone(&next.live));
+            revoked = next.live.revoked().map(|revoked| (next.live.ordinal, revoked.successor));
+        }
+        chain
+    }
+
+    /// The key of an ordinal among those that take a revoked key's place. A playlist of another node may name it
+    /// before this one has heard of the revocation: then the store is asked.
+    ///
+    /// # Errors
+    /// [`EngineError::NotReady`] when it is not known here and the store cannot be asked.
+    pub async fn successor(
+        &self,
+        key: &LiveKey,
+        ordinal: Ordinal,
+    ) -> Result<Option<Arc<LiveKey>>, EngineError> {
+        let find = || self.successors(key).into_iter().find(|next| next.ordinal == ordinal);
+        let found = self.find_or_hear(find).await;
+        let is_alone = self.shared.news.is_alone.load(std::sync::atomic::Ordering::Relaxed);
+        if found.is_none() && !is_alone && !self.shared.status.read().store_up {
+            return Err(EngineError::NotReady);
+        }
+        Ok(found)
+    }
+
+    pub fn status(&self) -> EngineStatus {
+        let status = *self.shared.status.read();
+        // A sweep that has not come round for so long does not come any more.
+        let stuck = self.shared.clock.now().since(*self.shared.alive_at.read()) > SWEEP_OVERDUE;
+        EngineStatus {
+            rotating: status.rotating && !stuck,
+            streams: self.shared.directory.read().len(),
+            ..status
+        }
     }
 
     /// Hears of every rotation from now on.
@@ -164,8 +263,7 @@ impl Engine {
 
     /// The keys of a window's segments, after the boundaries that it calls for have been stored.
     ///
-    /// `playlist_duration` is the window's length in time. Boundaries that lie ahead of the window are asked
-    /// for without waiting: the next fetch has them.
+    /// Boundaries that lie ahead of the window are asked for without waiting: the next fetch has them.
     ///
     /// # Errors
     /// [`EngineError`] when keys are not loaded, or boundaries that the window needs could not be stored.
@@ -173,27 +271,26 @@ impl Engine {
         &self,
         stream: &Arc<Stream>,
         rendition: &str,
-        window: PlaylistWindow,
-        playlist_duration: Duration,
+        shown: Shown,
     ) -> Result<Published, EngineError> {
-        if window.is_empty() {
+        if shown.window.is_empty() {
             return stream.publish_empty().map_err(|_| EngineError::NotReady);
         }
         for _ in 0..ATTEMPTS {
-            let call = stream.call(rendition, &window).ok_or(EngineError::NotReady)?;
+            let now = self.shared.clock.now();
+            let call = stream.call(rendition, &shown.window, now).ok_or(EngineError::NotReady)?;
             if call.must_wait {
                 let (reply, answer) = oneshot::channel();
-                self.send(stream, rendition, window, Some(reply))?;
+                self.send(stream, rendition, shown, Some(reply))?;
                 tokio::time::timeout(ANSWER_TIMEOUT, answer)
                     .await
                     .map_err(|_| EngineError::Busy)?
                     .map_err(|_| EngineError::NotReady)??;
             } else if !call.planned.is_empty() && !call.is_asked {
                 // Best effort: whoever needs the boundary will wait for it.
-                let _ = self.send(stream, rendition, window, None);
+                let _ = self.send(stream, rendition, shown, None);
             }
-            let now = self.shared.clock.now();
-            match stream.publish(rendition, &window, playlist_duration, now) {
+            match stream.publish(rendition, &shown, self.shared.clock.now()) {
                 Ok(published) => return Ok(published),
                 Err(NotYet::Loaded) => return Err(EngineError::NotReady),
                 Err(NotYet::Stored) => {}
@@ -206,14 +303,14 @@ impl Engine {
         &self,
         stream: &Arc<Stream>,
         rendition: &str,
-        window: PlaylistWindow,
+        shown: Shown,
         reply: Option<oneshot::Sender<Result<(), EngineError>>>,
     ) -> Result<(), EngineError> {
         let place = Arc::clone(&self.places).try_acquire_owned().map_err(|_| EngineError::Busy)?;
         let extend = Extend {
             stream: Arc::clone(stream),
             rendition: rendition.to_owned(),
-            window,
+            shown,
             reply,
             _place: place,
         };
@@ -221,6 +318,15 @@ impl Engine {
             mpsc::error::TrySendError::Full(_) => EngineError::Busy,
             mpsc::error::TrySendError::Closed(_) => EngineError::NotReady,
         })
+    }
+}
+
+#[cfg(test)]
+impl Engine {
+    /// Knows a running stream without keys.
+    pub(crate) fn know(&self, id: &str, origin: &str, prefix: &str) {
+        let row = crate::store::StreamRow::for_tests(id, origin, prefix);
+        self.shared.directory.write().insert(Arc::new(Stream::new(row)));
     }
 }
 

@@ -1,21 +1,22 @@
-//! One stream in memory: its keys unwrapped, its schedules, what was served of it.
+//! One stream in memory: its keys, its schedules, what was served of it.
 //!
-//! Read by every request, written by the worker alone (but for when a key was last named). The lock is held
-//! for look-ups and swaps, never across an await.
+//! Read by every request, changed by the worker alone (but for what was served). The lock is held for look-ups
+//! and swaps, never across an await.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::RwLock;
 
+use super::live::{ClearInitSigner, LiveKey, Serving};
 use crate::keys::{
-    Boundary, ContentSecrets, DekId, Edge, IvMode, KeyFacts, KeyId, KeyMethod, KeyState, LinkKey, Marks,
-    MediaSequenceNumber, Ordinal, PlaylistWindow, Policy, Reason, RenditionFacts, Schedule, Situation,
-    StreamFacts, StreamId, Timestamp, plan,
+    Boundary, DataEncryptionKey, DekId, DekVersion, Edge, KeyFacts, KeyState, Marks, MediaSequenceNumber,
+    Ordinal, PlaylistWindow, REPORT_INTERVAL, Reason, RenditionFacts, Schedule, Situation, StreamFacts,
+    StreamId, Timestamp, plan,
 };
-use crate::store::{KeyRow, RenditionRow};
+use crate::store::{KeyLife, RenditionRow, StreamRow, StreamState};
 
 /// How many neighbours to each side are asked for a schedule to share.
 const MAX_SIBLINGS: usize = 16;
@@ -24,90 +25,47 @@ const MAX_SIBLINGS: usize = 16;
 /// must not fill the store.
 pub(super) const MAX_RENDITIONS: usize = 100_000;
 
-/// A stream as its operator describes it.
+/// The revision of a stream of which only its row is known.
+pub(super) const UNREAD: i64 = -1;
+
+/// A Media Playlist that is about to be published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shown {
+    pub window: PlaylistWindow,
+    /// The window's length in time.
+    pub duration: Duration,
+    pub target_duration: Duration,
+}
+
+/// A stream's unwrapped DEK, by which new keys are wrapped.
 #[derive(Debug, Clone)]
-pub struct StreamSettings {
-    pub id: StreamId,
-    /// The name of the origin that its playlists lie at.
-    pub origin: String,
-    /// What its paths at that origin begin with.
-    pub prefix: String,
-    pub policy: Policy,
+pub(super) struct Dek {
+    pub(super) id: DekId,
+    pub(super) version: DekVersion,
+    pub(super) key: DataEncryptionKey,
 }
 
-/// A promotion, as it is told to those who listen.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rotation {
-    pub stream: StreamId,
-    pub ordinal: Ordinal,
-    pub key: KeyId,
-    pub reason: &'static str,
-}
-
-/// A content key that is not destroyed, unwrapped.
-#[derive(Debug)]
-pub struct LiveKey {
-    pub stream: StreamId,
-    pub id: KeyId,
-    pub ordinal: Ordinal,
-    /// As it was made: the policy of its stream may have changed since.
-    pub method: KeyMethod,
-    pub iv_mode: IvMode,
-    pub secrets: ContentSecrets,
-    last_named_millis: AtomicI64,
-}
-
-impl LiveKey {
-    pub(super) fn new(stream: &StreamId, row: &KeyRow, secrets: ContentSecrets, now: Timestamp) -> Self {
-        Self {
-            stream: stream.clone(),
-            id: row.id,
-            ordinal: row.ordinal,
-            method: row.method,
-            iv_mode: row.iv_mode,
-            secrets,
-            // A new process cannot know what the one before it served: it counts from now.
-            last_named_millis: AtomicI64::new(now.as_unix_millis()),
-        }
-    }
-
-    /// Notes that a playlist that names the key was served.
-    pub fn named_at(&self, now: Timestamp) {
-        self.last_named_millis.fetch_max(now.as_unix_millis(), Ordering::Relaxed);
-    }
-
-    fn last_named_at(&self) -> Timestamp {
-        Timestamp::from_unix_millis(self.last_named_millis.load(Ordering::Relaxed))
-    }
-}
-
-/// Signs the links of init sections that are served in clear; lives as long as its DEK.
-#[derive(Debug)]
-pub struct ClearInitSigner {
-    pub stream: StreamId,
-    pub dek: DekId,
-    pub link: LinkKey,
-}
-
-/// A key's place in its life, beside its secrets.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct KeyLife {
-    pub(super) state: KeyState,
-    pub(super) activated_at: Option<Timestamp>,
-    pub(super) forced: bool,
-    pub(super) deactivated_at: Option<Timestamp>,
+/// A key and its way through its states.
+#[derive(Debug, Clone)]
+pub(super) struct KnownKey {
+    pub(super) life: KeyLife,
+    pub(super) live: Arc<LiveKey>,
 }
 
 #[derive(Debug, Clone)]
 pub(super) struct Rendition {
+    /// All boundaries, those too that the store does not have yet.
     pub(super) schedule: Arc<Schedule>,
+    /// How many boundaries the store has. The others were decided while it was away.
+    pub(super) stored: usize,
     pub(super) edge: Edge,
     pub(super) ended: bool,
     pub(super) keeps_all: bool,
-    pub(super) last_served_at: Timestamp,
+    pub(super) target_duration: Duration,
     pub(super) longest_playlist: Duration,
-    /// As the store has it.
-    pub(super) stored: Option<RenditionRow>,
+    pub(super) last_served_at: Timestamp,
+    /// When the store was last told of it, and when what it was told had been served.
+    pub(super) told: Option<(Timestamp, Timestamp)>,
     /// When its numbers last jumped back, as far as this process knows.
     pub(super) reset_at: Option<Timestamp>,
     /// The first of the boundaries that are being stored: no window beyond it is published meanwhile.
@@ -136,37 +94,60 @@ pub(super) enum NotYet {
 }
 
 /// Everything that changes about a stream.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Known {
-    /// Every ordinal since the first, destroyed ones too: these have no live key.
-    pub(super) lives: BTreeMap<Ordinal, KeyLife>,
-    pub(super) live_keys: BTreeMap<Ordinal, Arc<LiveKey>>,
+    pub(super) row: StreamRow,
+    /// Those that are not destroyed.
+    pub(super) keys: BTreeMap<Ordinal, KnownKey>,
+    /// One past the highest ordinal that was ever made.
+    pub(super) next: Ordinal,
+    /// The newest one wraps.
+    pub(super) deks: BTreeMap<DekVersion, Dek>,
     pub(super) clear_init: Option<Arc<ClearInitSigner>>,
     pub(super) renditions: BTreeMap<String, Rendition>,
 }
 
 impl Known {
-    fn call(&self, rendition: &str, window: &PlaylistWindow, policy: &Policy) -> Option<Call> {
+    fn call(&self, rendition: &str, window: &PlaylistWindow, now: Timestamp) -> Option<Call> {
         let empty = Schedule::default();
         let own = self.renditions.get(rendition);
         let schedule = own.map_or(&empty, |own| &own.schedule);
         let siblings = self.siblings(rendition);
-        let is_destroyed =
-            |ordinal: Ordinal| self.lives.get(&ordinal).is_some_and(|l| l.state == KeyState::Destroyed);
         let planned = plan(
             window,
             Situation {
                 schedule,
                 edge: own.map(|own| own.edge),
-                policy,
+                policy: &self.row.policy,
                 marks: self.marks()?,
                 siblings: &siblings,
-                is_destroyed: &is_destroyed,
+                state_of: &|ordinal| self.state_of(ordinal),
+                is_idle: own.is_some_and(|own| own.facts().is_idle(&self.row.policy, now)),
             },
         );
         let pending = own.and_then(|own| own.pending);
         let must_wait = planned.iter().map(|(b, _)| b.first).chain(pending).any(|b| b < window.end);
-        Some(Call { planned, have: schedule.boundaries().len(), must_wait, is_asked: pending.is_some() })
+        Some(Call { planned, have: schedule.len(), must_wait, is_asked: pending.is_some() })
+    }
+
+    /// `None` for a key that is still to be made.
+    pub(super) fn state_of(&self, ordinal: Ordinal) -> Option<KeyState> {
+        match self.keys.get(&ordinal) {
+            Some(key) => Some(key.life.state),
+            None => (ordinal < self.next).then_some(KeyState::Destroyed),
+        }
+    }
+
+    /// The key that takes a revoked one's place, and is not revoked itself.
+    pub(super) fn in_place_of(&self, key: &Arc<LiveKey>) -> Option<Arc<LiveKey>> {
+        let mut key = Arc::clone(key);
+        // Successors come behind, so this ends.
+        while let Some(revoked) = key.revoked() {
+            key = Arc::clone(
+                &self.keys.get(&revoked.successor).filter(|next| next.live.ordinal > key.ordinal)?.live,
+            );
+        }
+        Some(key)
     }
 
     /// The schedules of the renditions whose paths are next to this one's: those of the same presentation,
@@ -179,11 +160,40 @@ impl Known {
         nearest.map(|(_, sibling)| &*sibling.schedule).collect()
     }
 
+    /// Whether what the store has of it was taken in: until then it is neither published nor swept.
+    pub(super) fn is_read(&self) -> bool {
+        self.row.rev != UNREAD
+    }
+
     pub(super) fn marks(&self) -> Option<Marks> {
-        let promoted = |life: &KeyLife| life.activated_at.is_some();
-        let head = *self.lives.iter().rev().find(|(_, life)| promoted(life))?.0;
-        let forced = self.lives.iter().rev().find(|(_, life)| promoted(life) && life.forced);
-        Some(Marks { head, forced: forced.map_or(Ordinal::FIRST, |(ordinal, _)| *ordinal) })
+        if !self.is_read() {
+            return None;
+        }
+        let mut promoted = self.keys.iter().rev().filter(|(_, key)| key.life.activated_at.is_some());
+        let (head, newest) = promoted.next()?;
+        let forced = std::iter::once((head, newest)).chain(promoted).find(|(_, key)| key.life.forced);
+        Some(Marks { head: *head, forced: forced.map_or(Ordinal::FIRST, |(ordinal, _)| *ordinal) })
+    }
+
+    /// The newest DEK.
+    pub(super) fn dek(&self) -> Option<&Dek> {
+        self.deks.values().next_back()
+    }
+
+    /// The stream as a sweep sees it.
+    pub(super) fn facts(&self) -> StreamFacts {
+        let keys = self.keys.iter().map(|(ordinal, key)| KeyFacts {
+            ordinal: *ordinal,
+            state: key.life.state,
+            activated_at: key.life.activated_at,
+            forced: key.life.forced,
+            retired_at: key.life.compromised_at.or(key.life.deactivated_at),
+            successor: key.life.successor,
+            last_named_at: key.live.last_named_at(),
+        });
+        let renditions = self.renditions.values().map(Rendition::facts).collect();
+        let scheduled = self.renditions.values().filter_map(|r| r.schedule.last()).map(|b| b.ordinal).max();
+        StreamFacts { keys: keys.collect(), next: self.next, renditions, scheduled }
     }
 }
 
@@ -191,44 +201,76 @@ impl Known {
 #[derive(Debug, Clone)]
 pub struct Published {
     schedule: Arc<Schedule>,
-    keys: BTreeMap<Ordinal, Arc<LiveKey>>,
+    keys: BTreeMap<Ordinal, PublishedKey>,
     pub clear_init: Arc<ClearInitSigner>,
+    pub encrypt_init_sections: bool,
+}
+
+/// The key of a crypto period, as a playlist shows it.
+#[derive(Debug, Clone)]
+pub struct PublishedKey {
+    /// Signs the period's links.
+    pub signer: Arc<LiveKey>,
+    /// Encrypts: the signer itself, or what takes its place since it was revoked.
+    pub cipher: Arc<LiveKey>,
 }
 
 impl Published {
-    pub fn key_at(&self, msn: MediaSequenceNumber) -> Option<&Arc<LiveKey>> {
+    pub fn key_at(&self, msn: MediaSequenceNumber) -> Option<&PublishedKey> {
         self.keys.get(&self.schedule.ordinal_at(msn)?)
     }
 
-    /// The keys that the playlist may name.
-    pub fn keys(&self) -> impl Iterator<Item = &Arc<LiveKey>> {
+    /// The keys that the playlist may name, by their ordinals.
+    pub fn keys(&self) -> impl Iterator<Item = &PublishedKey> {
         self.keys.values()
     }
 }
 
-/// A stream: how it is set up, and what is known of it.
+/// A stream: what it owns, and what is known of it.
 #[derive(Debug)]
 pub struct Stream {
-    pub settings: StreamSettings,
+    pub id: StreamId,
+    pub origin: String,
+    pub prefix: String,
+    pub(super) serving: Serving,
     pub(super) known: RwLock<Known>,
     /// Held by whoever changes the stream, from planning to the last write.
-    pub(super) changing: tokio::sync::Mutex<()>,
+    pub(super) changing: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Stream {
-    pub(super) fn new(settings: StreamSettings) -> Self {
-        Self { settings, known: RwLock::default(), changing: tokio::sync::Mutex::default() }
+    pub(super) fn new(row: StreamRow) -> Self {
+        Self {
+            id: row.id.clone(),
+            origin: row.origin.clone(),
+            prefix: row.prefix.clone(),
+            serving: Arc::new(AtomicBool::new(row.state == StreamState::Running)),
+            known: RwLock::new(Known {
+                row,
+                keys: BTreeMap::new(),
+                next: Ordinal::FIRST,
+                deks: BTreeMap::new(),
+                clear_init: None,
+                renditions: BTreeMap::new(),
+            }),
+            changing: Arc::default(),
+        }
+    }
+
+    /// Whether it is served: not stopped, not deleted.
+    pub fn is_running(&self) -> bool {
+        self.serving.load(Ordering::Acquire)
     }
 
     /// What a window calls for; `None` while no key is loaded.
-    pub(super) fn call(&self, rendition: &str, window: &PlaylistWindow) -> Option<Call> {
-        self.known.read().call(rendition, window, &self.settings.policy)
+    pub(super) fn call(&self, rendition: &str, window: &PlaylistWindow, now: Timestamp) -> Option<Call> {
+        self.known.read().call(rendition, window, now)
     }
 
     /// As [`Self::call`], and from now on no window is published beyond the first planned boundary.
-    pub(super) fn propose(&self, rendition: &str, window: &PlaylistWindow) -> Option<Call> {
+    pub(super) fn propose(&self, rendition: &str, window: &PlaylistWindow, now: Timestamp) -> Option<Call> {
         let mut known = self.known.write();
-        let call = known.call(rendition, window, &self.settings.policy)?;
+        let call = known.call(rendition, window, now)?;
         if let Some(own) = known.renditions.get_mut(rendition) {
             own.pending = call.planned.first().map(|(boundary, _)| boundary.first);
         }
@@ -249,10 +291,10 @@ impl Stream {
     pub(super) fn publish(
         &self,
         rendition: &str,
-        window: &PlaylistWindow,
-        playlist_duration: Duration,
+        shown: &Shown,
         now: Timestamp,
     ) -> Result<Published, NotYet> {
+        let window = &shown.window;
         let mut known = self.known.write();
         let own = known.renditions.get_mut(rendition).ok_or(NotYet::Loaded)?;
         if own.pending.is_some_and(|pending| pending < window.end) {
@@ -260,61 +302,57 @@ impl Stream {
         }
         own.see(window);
         own.last_served_at = now;
-        own.longest_playlist = own.longest_playlist.max(playlist_duration);
+        own.target_duration = shown.target_duration;
+        own.longest_playlist = own.longest_playlist.max(shown.duration);
         let schedule = Arc::clone(&own.schedule);
         let keys = match (schedule.ordinal_at(window.first), schedule.ordinal_at(window.end.minus(1))) {
-            (Some(from), Some(to)) if from <= to => {
-                known.live_keys.range(from..=to).map(|(ordinal, key)| (*ordinal, Arc::clone(key))).collect()
-            }
+            (Some(from), Some(to)) if from <= to => known.published(from, to),
             _ => BTreeMap::new(),
         };
         let clear_init = Arc::clone(known.clear_init.as_ref().ok_or(NotYet::Loaded)?);
-        Ok(Published { schedule, keys, clear_init })
+        let encrypt_init_sections = known.row.policy.encrypt_init_sections;
+        Ok(Published { schedule, keys, clear_init, encrypt_init_sections })
     }
 
     /// What a playlist without segments is rewritten with: it names no key, and calls for none.
     pub(super) fn publish_empty(&self) -> Result<Published, NotYet> {
-        let clear_init = self.known.read().clear_init.clone().ok_or(NotYet::Loaded)?;
-        Ok(Published { schedule: Arc::default(), keys: BTreeMap::new(), clear_init })
-    }
-
-    /// Renditions of which the store does not know enough for a restart.
-    pub(super) fn unstored_renditions(&self) -> Vec<RenditionRow> {
         let known = self.known.read();
-        known.renditions.iter().filter_map(|(name, rendition)| rendition.unstored(name)).collect()
+        let clear_init = known.clear_init.clone().ok_or(NotYet::Loaded)?;
+        let encrypt_init_sections = known.row.policy.encrypt_init_sections;
+        Ok(Published { schedule: Arc::default(), keys: BTreeMap::new(), clear_init, encrypt_init_sections })
     }
+}
 
-    pub(super) fn note_stored(&self, row: RenditionRow) {
-        if let Some(own) = self.known.write().renditions.get_mut(&row.rendition) {
-            own.stored = Some(row);
-        }
-    }
-
-    /// The stream as a sweep sees it.
-    pub(super) fn facts(&self) -> StreamFacts {
-        let known = self.known.read();
-        let keys = known
-            .lives
-            .iter()
-            .map(|(ordinal, life)| KeyFacts {
-                ordinal: *ordinal,
-                state: life.state,
-                activated_at: life.activated_at,
-                forced: life.forced,
-                deactivated_at: life.deactivated_at,
-                last_named_at: known
-                    .live_keys
-                    .get(ordinal)
-                    .map_or(Timestamp::from_unix_millis(0), |key| key.last_named_at()),
-            })
-            .collect();
-        let renditions = known.renditions.values().map(Rendition::facts).collect();
-        let scheduled = known.renditions.values().filter_map(|r| r.schedule.last()).map(|b| b.ordinal).max();
-        StreamFacts { keys, renditions, scheduled }
+impl Known {
+    /// The keys from one ordinal to another. One that was revoked and has no successor here is left out, which
+    /// refuses the playlist.
+    fn published(&self, from: Ordinal, to: Ordinal) -> BTreeMap<Ordinal, PublishedKey> {
+        let published = |(ordinal, key): (&Ordinal, &KnownKey)| {
+            let cipher = self.in_place_of(&key.live)?;
+            Some((*ordinal, PublishedKey { signer: Arc::clone(&key.live), cipher }))
+        };
+        self.keys.range(from..=to).filter_map(published).collect()
     }
 }
 
 impl Rendition {
+    /// A rendition that is seen for the first time.
+    pub(super) fn new(schedule: Schedule, stored: usize, edge: Edge, now: Timestamp) -> Self {
+        Self {
+            schedule: Arc::new(schedule),
+            stored,
+            edge,
+            ended: false,
+            keeps_all: false,
+            target_duration: Duration::ZERO,
+            longest_playlist: Duration::ZERO,
+            last_served_at: now,
+            told: None,
+            reset_at: None,
+            pending: None,
+        }
+    }
+
     /// Notes the newest window. A replica that lags must not take the edge back; a jump back must.
     pub(super) fn see(&mut self, window: &PlaylistWindow) {
         if window.end >= self.edge.end || self.edge.jumps_back_to(window) {
@@ -324,27 +362,55 @@ impl Rendition {
         }
     }
 
-    /// The row that the store should have, if it has not. A length that grows is worth a write when it has
-    /// doubled: retention is then at most a playlist too short, which the grace period covers.
-    fn unstored(&self, name: &str) -> Option<RenditionRow> {
-        let enough = self.stored.as_ref().is_some_and(|stored| {
-            stored.ended == self.ended
-                && stored.keeps_all == self.keeps_all
-                && self.longest_playlist <= stored.longest_playlist
-        });
-        let longest_playlist = match &self.stored {
-            Some(stored) if self.longest_playlist <= stored.longest_playlist => stored.longest_playlist,
-            _ => self.longest_playlist.saturating_mul(2),
-        };
-        (!enough).then(|| RenditionRow {
+    /// The boundaries that the store does not have.
+    pub(super) fn unstored(&self) -> &[Boundary] {
+        let boundaries = self.schedule.boundaries();
+        &boundaries[boundaries.len().saturating_sub(self.schedule.len().saturating_sub(self.stored))..]
+    }
+
+    pub(super) fn epoch(&self) -> u32 {
+        self.schedule.last().map_or(0, |last| last.epoch)
+    }
+
+    pub(super) fn row(&self, name: &str) -> RenditionRow {
+        RenditionRow {
             rendition: name.to_owned(),
             ended: self.ended,
             keeps_all: self.keeps_all,
-            longest_playlist,
-        })
+            target_duration: self.target_duration,
+            longest_playlist: self.longest_playlist,
+            epoch: self.epoch(),
+            edge: self.edge,
+            last_served_at: self.last_served_at,
+        }
     }
 
-    fn facts(&self) -> RenditionFacts {
+    /// Whether it was served since the store was told, and the store was not told a moment ago. A window beyond a
+    /// boundary that is still to be stored is told with it: whoever starts from the window alone would take its
+    /// segments to be under the key before.
+    pub(super) fn is_to_be_told(&self, now: Timestamp) -> bool {
+        let is_stored = self.stored > 0 && self.unstored().is_empty();
+        is_stored
+            && self.told.is_none_or(|(told_at, served_at)| {
+                // Half of it, or the next report, which comes a hair early, would leave it to the one after.
+                self.last_served_at > served_at && now.since(told_at) >= REPORT_INTERVAL / 2
+            })
+    }
+
+    /// Takes in what another node, or an earlier process, served.
+    pub(super) fn hear(&mut self, row: &RenditionRow) {
+        let is_newer = (row.epoch, row.edge.end) >= (self.epoch(), self.edge.end);
+        if is_newer && row.epoch == self.epoch() {
+            self.edge = row.edge;
+            self.ended = row.ended;
+            self.keeps_all = row.keeps_all;
+        }
+        self.longest_playlist = self.longest_playlist.max(row.longest_playlist);
+        self.target_duration = self.target_duration.max(row.target_duration);
+        self.last_served_at = self.last_served_at.max(row.last_served_at);
+    }
+
+    pub(super) fn facts(&self) -> RenditionFacts {
         let first = self.schedule.ordinal_at(self.edge.first);
         RenditionFacts {
             lowest_in_use: first.unwrap_or(Ordinal::FIRST),
@@ -354,5 +420,24 @@ impl Rendition {
             last_served_at: self.last_served_at,
             longest_playlist: self.longest_playlist,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_served_all_the_time_is_told_with_every_report() {
+        let at = |millis| Timestamp::from_unix_millis(millis);
+        let edge = Edge { first: MediaSequenceNumber(0), end: MediaSequenceNumber(6) };
+        let mut own = Rendition::new(Schedule::default(), 1, edge, at(0));
+        assert!(own.is_to_be_told(at(0)));
+        own.told = Some((at(40), at(0)));
+        own.last_served_at = at(5_000);
+        assert!(own.is_to_be_told(at(5_010)), "the report itself takes a moment");
+        assert!(!own.is_to_be_told(at(1_000)), "but not again and again");
+        own.told = Some((at(5_010), at(5_000)));
+        assert!(!own.is_to_be_told(at(10_010)), "nothing new was served");
     }
 }

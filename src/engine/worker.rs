@@ -1,28 +1,32 @@
-//! The one who changes streams: sweeps, and carries out what was decided.
+//! The one who changes streams, and the tasks that it is made of.
 //!
 //! The order of writes is what makes a crash harmless: a key is stored before a boundary names it, the
 //! boundary before a playlist shows it; a promotion that was lost in between is the next sweep's to repeat.
-//! How streams are loaded stands in `load.rs`, how schedules grow in `extend.rs`; both are parts of [`Core`].
+//! What each task does stands in a file of its own: `extend` (schedules grow), `sweeps` (keys live and die),
+//! `sync` (nodes hear of one another), `declare` (streams of the configuration), `merge` and `make` (keys in and out of their envelopes), `operate` (what
+//! operators ask).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
 
-use super::stream::{KeyLife, MAX_RENDITIONS, Rotation, Stream};
-use super::{EngineStatus, Extend, Shared, WorkerSeat};
-use crate::keys::{
-    DataEncryptionKey, DekId, DekVersion, EnvelopeError, KeyId, KeyOp, KeyState, Ordinal, Reason,
-    SecretError, Timestamp, sweep,
-};
+use super::stream::{MAX_RENDITIONS, Stream};
+use super::sync::Cursors;
+use super::{Extend, Operator, Shared, StreamSpec, WorkerSeat};
+use crate::fault;
+use crate::keys::{EnvelopeError, KeyId, Ordinal, REPORT_INTERVAL, Reason, SecretError, StreamId, Timestamp};
 use crate::kms::{LocalKms, MasterKeyError};
-use crate::store::{Store, StoreError};
+use crate::store::{Applied, Store, StoreError, Write, WriteOp};
 
-/// A newest key this much older than its interval counts as overdue (the guide's threshold).
-const OVERDUE_AFTER: Duration = Duration::from_secs(60 * 60);
+/// Streams that are loaded by one set of queries.
+pub(super) const LOAD_AT_ONCE: u32 = 200;
 
 /// Why the worker could not do its work.
 #[derive(Debug, Error)]
@@ -46,13 +50,27 @@ pub enum WorkerError {
     Flapping { stream: String, rendition: String },
     #[error("stream {stream}: other nodes keep changing the schedule of {rendition}")]
     Contended { stream: String, rendition: String },
+    /// Boundaries that the store may have or not.
+    #[error(transparent)]
+    Unanswered(StoreError),
+    #[error("stream {stream}: the store is away, and {rendition} cannot begin without it")]
+    Away { stream: String, rendition: String },
+    #[error("stream {stream} cannot have the prefix {prefix:?}: stream {owner} has it")]
+    PrefixTaken { stream: StreamId, prefix: String, owner: StreamId },
 }
 
-/// A stream's unwrapped DEK, by which new keys are wrapped.
-pub(super) struct Dek {
-    pub(super) id: DekId,
-    pub(super) version: DekVersion,
-    pub(super) key: DataEncryptionKey,
+/// How this node lives with others.
+#[derive(Debug, Clone)]
+pub struct Fleet {
+    /// Unique among the nodes that share the store, and new at every start.
+    pub node: String,
+    /// Whether no other process can have the store open.
+    pub is_alone: bool,
+    /// How often the store is asked for changes, where it does not tell of them.
+    pub poll_interval: Duration,
+    pub sweep_interval: Duration,
+    /// How long the lease on sweeping lasts without being renewed.
+    pub lease: Duration,
 }
 
 /// Owns the store and the KMS. Everything that changes a stream goes through it.
@@ -64,45 +82,97 @@ pub struct Worker {
 pub(super) struct Core {
     pub(super) shared: Arc<Shared>,
     pub(super) store: Store,
-    /// The newest DEK of each stream, by the stream's ID.
-    pub(super) deks: HashMap<String, Dek>,
+    pub(super) kms: LocalKms,
+    pub(super) fleet: Fleet,
+    /// Streams of this node's configuration.
+    pub(super) declared: HashSet<StreamId>,
+    store_away: AtomicBool,
+    /// Something was decided without the store that it does not have yet.
+    pub(super) decided_alone: AtomicBool,
+    /// Held while streams are read from the store.
+    pub(super) loading: tokio::sync::Mutex<()>,
+    /// Until when this node may sweep.
+    lease_until: Mutex<Option<Instant>>,
+    pub(super) cursors: Mutex<Cursors>,
 }
 
 impl Worker {
-    /// Loads every stream, unwraps its keys and sweeps once: when this returns, the engine is ready.
+    /// Loads every stream, unwraps its keys, and begins those of the configuration: when this returns, the engine
+    /// is ready.
     ///
     /// # Errors
-    /// A store that cannot be read, or a key that does not unwrap.
-    pub async fn load(seat: WorkerSeat, store: Store, kms: &LocalKms) -> Result<Self, WorkerError> {
+    /// A store that cannot be read, or keys that do not unwrap.
+    pub async fn load(
+        seat: WorkerSeat,
+        store: Store,
+        kms: LocalKms,
+        fleet: Fleet,
+        declared: Vec<StreamSpec>,
+    ) -> Result<Self, WorkerError> {
         let WorkerSeat { shared, asked } = seat;
-        let mut core = Core { shared, store, deks: HashMap::new() };
-        let streams = core.shared.streams.clone();
-        for stream in &streams {
-            core.load_stream(stream, kms).await?;
+        shared.news.is_alone.store(fleet.is_alone, Ordering::Relaxed);
+        if fleet.is_alone {
+            // Whoever held the lease is gone: this process has the store for itself.
+            store.forget_nodes().await?;
         }
-        for stream in &streams {
-            core.sweep_stream(stream).await?;
-        }
+        let core = Core {
+            shared,
+            store,
+            kms,
+            fleet,
+            declared: declared.iter().map(|spec| spec.id.clone()).collect(),
+            store_away: AtomicBool::new(false),
+            decided_alone: AtomicBool::new(false),
+            loading: tokio::sync::Mutex::default(),
+            lease_until: Mutex::new(None),
+            cursors: Mutex::default(),
+        };
+        core.load_all().await?;
+        fault::point("start: loaded");
+        core.declare(declared).await?;
+        fault::point("start: declared");
+        core.store.beat(&core.fleet.node).await?;
+        core.note_store(true);
         core.shared.status.write().ready = true;
         core.note_health(true);
         Ok(Self { core: Arc::new(core), asked })
     }
 
-    /// Answers questions and sweeps every `interval`. Returns when every [`super::Engine`] is dropped, and
-    /// when one of the two tasks has ended early, which is a defect.
-    pub async fn run(mut self, interval: Duration) {
+    /// What this node says goodbye through.
+    pub fn parting(&self) -> Parting {
+        Parting { core: Arc::clone(&self.core) }
+    }
+
+    /// What operators change streams through.
+    pub fn operator(&self) -> Operator {
+        Operator::new(Arc::clone(&self.core))
+    }
+
+    /// One sweep of every stream, whoever holds the lease. A worker that runs sweeps by itself.
+    ///
+    /// # Errors
+    /// What nodes served cannot be read: then it is not known which keys may go.
+    pub async fn sweep_once(&self) -> Result<(), WorkerError> {
+        if !self.core.may_destroy() {
+            self.core.store.beat(&self.core.fleet.node).await?;
+            self.core.hear_reports().await?;
+        }
+        self.core.sweep_all().await;
+        Ok(())
+    }
+
+    /// Answers questions, sweeps, and keeps in step with other nodes. Returns when every [`super::Engine`] is
+    /// dropped, and when one of its tasks has ended early, which is a defect.
+    pub async fn run(mut self) {
         let core = Arc::clone(&self.core);
-        // A task of its own, because a long sweep must not keep playlists waiting; in a set, so that it ends
+        // Tasks of their own, because a long sweep must not keep playlists waiting; in a set, so that they end
         // with this one.
-        let mut sweeps = JoinSet::new();
-        sweeps.spawn(async move {
-            let mut ticks = tokio::time::interval(interval);
-            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-            loop {
-                ticks.tick().await;
-                core.sweep_all().await;
-            }
-        });
+        let mut tasks = JoinSet::new();
+        tasks.spawn(Arc::clone(&core).keep_the_lease());
+        tasks.spawn(Arc::clone(&core).keep_listening());
+        tasks.spawn(Arc::clone(&core).keep_in_step());
+        tasks.spawn(Arc::clone(&core).keep_reporting());
+        tasks.spawn(Arc::clone(&core).keep_sweeping());
         loop {
             tokio::select! {
                 extend = self.asked.recv() => {
@@ -110,12 +180,31 @@ impl Worker {
                     let core = Arc::clone(&self.core);
                     tokio::spawn(async move { core.answer(extend).await });
                 }
-                ended = sweeps.join_next() => {
-                    tracing::error!(?ended, "the sweeps ended");
+                ended = tasks.join_next() => {
+                    tracing::error!(?ended, "a task of the engine ended");
                     return;
                 }
             }
         }
+        tasks.shutdown().await;
+    }
+}
+
+/// The end of a node that serves no more.
+pub struct Parting {
+    core: Arc<Core>,
+}
+
+impl Parting {
+    /// Leaves the fleet: another node may take the lease at once, and nobody waits for this one's reports.
+    /// `store`: the same one, opened anew where the runtime of the [`Worker`] is gone.
+    ///
+    /// # Errors
+    /// A store that is away: the others then wait until they take this node for dead.
+    pub async fn say_goodbye(&self, store: &Store) -> Result<(), StoreError> {
+        self.core.tell(store).await?;
+        fault::point("goodbye: told");
+        store.leave(&self.core.fleet.node).await
     }
 }
 
@@ -124,136 +213,101 @@ impl Core {
         self.shared.clock.now()
     }
 
+    pub(super) fn is_alone(&self) -> bool {
+        self.fleet.is_alone
+    }
+
+    pub(super) fn is_store_away(&self) -> bool {
+        self.store_away.load(Ordering::Relaxed)
+    }
+
+    /// Notes whether the store answers.
+    pub(super) fn note_store(&self, is_up: bool) {
+        let was_away = self.store_away.swap(!is_up, Ordering::Relaxed);
+        if was_away && is_up {
+            tracing::info!("the store is back");
+        }
+        self.shared.metrics.store_up.set(i64::from(is_up));
+        self.shared.status.write().store_up = is_up;
+    }
+
+    pub(super) fn holds_lease(&self) -> bool {
+        self.lease_until.lock().is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Holds the lease on sweeping, or waits for it.
+    async fn keep_the_lease(self: Arc<Self>) {
+        let mut ticks = tokio::time::interval(self.fleet.lease / 4);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            // Counted from before the question: the store's own count cannot have begun earlier.
+            let until = Instant::now() + self.fleet.lease;
+            let held = self.store.hold_lease("sweep", &self.fleet.node, self.fleet.lease).await;
+            let held_before = self.holds_lease();
+            match held {
+                Ok(true) => *self.lease_until.lock() = Some(until),
+                Ok(false) => *self.lease_until.lock() = None,
+                // What is held lasts until it runs out.
+                Err(error) => tracing::debug!(%error, "the lease could not be renewed"),
+            }
+            let holds = self.holds_lease();
+            if holds != held_before {
+                tracing::info!(node = self.fleet.node, holds, "the lease on sweeping has moved");
+            }
+            self.shared.metrics.lease_held.set(i64::from(holds));
+        }
+    }
+
+    async fn keep_sweeping(self: Arc<Self>) {
+        let mut ticks = tokio::time::interval(self.fleet.sweep_interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            if self.holds_lease() && !self.is_store_away() {
+                self.sweep_all().await;
+            } else {
+                self.note_health(!self.is_store_away());
+            }
+        }
+    }
+
+    async fn keep_reporting(self: Arc<Self>) {
+        let interval = REPORT_INTERVAL.min(self.fleet.sweep_interval * 5);
+        let mut ticks = tokio::time::interval(interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            if let Err(error) = self.report().await {
+                tracing::warn!(%error, "what was served could not be told to the store");
+            }
+        }
+    }
+
     /// Promotes the waiting keys up to `ordinal`, in the store and then in memory.
     pub(super) async fn promote(
         &self,
         stream: &Stream,
         ordinal: Ordinal,
-        forced: bool,
-        reason: &'static str,
+        reason: Reason,
     ) -> Result<(), WorkerError> {
-        let waits = |life: &KeyLife| life.state == KeyState::PreActive;
-        if !stream.known.read().lives.range(..=ordinal).any(|(_, life)| waits(life)) {
+        let is_waiting = {
+            let known = stream.known.read();
+            known.keys.range(..=ordinal).any(|(_, key)| key.life.state == crate::keys::KeyState::PreActive)
+        };
+        if !is_waiting {
             return Ok(());
         }
-        let now = self.now();
-        self.store.promote(&stream.settings.id, ordinal, now, forced).await?;
-        let mut promoted = Vec::new();
-        {
-            let mut known = stream.known.write();
-            for (ordinal, life) in known.lives.range_mut(..=ordinal).filter(|(_, life)| waits(life)) {
-                *life = KeyLife { state: KeyState::Active, activated_at: Some(now), forced, ..*life };
-                promoted.push(*ordinal);
-            }
+        let op = WriteOp::Promote { upto: ordinal, reason, actor: None, at: self.now() };
+        let write = Write { stream: stream.id.clone(), op };
+        let (applied, revs) = self.store.apply(std::slice::from_ref(&write)).await?;
+        fault::point("promote: stored, not known");
+        if applied == [Applied::Changed(0)] {
+            // Another node was first: what it noted with the keys is what holds.
+            return self.refresh(stream).await;
         }
-        for ordinal in promoted {
-            let Some(key) = stream.known.read().live_keys.get(&ordinal).map(|key| key.id) else { continue };
-            tracing::info!(stream = %stream.settings.id, %ordinal, %key, reason, "key promoted");
-            self.shared.metrics.promotions.with_label_values(&[reason]).inc();
-            // Nobody may be listening.
-            let _ = self.shared.rotations.send(Rotation {
-                stream: stream.settings.id.clone(),
-                ordinal,
-                key,
-                reason,
-            });
-        }
+        self.note_write(stream, &write.op, reason.name());
+        self.note_revs(&revs);
         Ok(())
-    }
-
-    async fn sweep_all(&self) {
-        let started = Instant::now();
-        let mut all_well = true;
-        for stream in &self.shared.streams {
-            if let Err(error) = self.sweep_stream(stream).await {
-                all_well = false;
-                self.shared.metrics.sweep_errors.inc();
-                tracing::error!(stream = %stream.settings.id, %error, "sweep broke off; the next goes on");
-            }
-        }
-        self.shared.metrics.sweep_seconds.observe(started.elapsed().as_secs_f64());
-        self.note_health(all_well);
-    }
-
-    async fn sweep_stream(&self, stream: &Arc<Stream>) -> Result<(), WorkerError> {
-        let _changing = stream.changing.lock().await;
-        let unstored = stream.unstored_renditions();
-        if !unstored.is_empty() {
-            self.store.put_renditions(&stream.settings.id, &unstored).await?;
-            unstored.into_iter().for_each(|row| stream.note_stored(row));
-        }
-        for op in sweep(&stream.facts(), &stream.settings.policy, self.now()) {
-            self.apply(stream, &op).await?;
-        }
-        Ok(())
-    }
-
-    /// Carries one operation out. Doing it twice is doing it once.
-    async fn apply(&self, stream: &Stream, op: &KeyOp) -> Result<(), WorkerError> {
-        let now = self.now();
-        let id = &stream.settings.id;
-        match *op {
-            KeyOp::Generate { ordinal, .. } => self.make_keys_up_to(stream, ordinal).await?,
-            KeyOp::Promote { ordinal, forced, .. } => {
-                let reason = if forced { Reason::Promotion } else { Reason::Start };
-                self.promote(stream, ordinal, forced, reason.name()).await?;
-            }
-            KeyOp::Force { ordinal, reason } => {
-                self.store.force(id, ordinal).await?;
-                if let Some(life) = stream.known.write().lives.get_mut(&ordinal) {
-                    life.forced = true;
-                }
-                tracing::info!(stream = %id, %ordinal, reason, "every rendition goes over");
-            }
-            KeyOp::Deactivate { ordinal, reason } => {
-                self.store.deactivate(id, ordinal, now).await?;
-                if let Some(life) = stream.known.write().lives.get_mut(&ordinal) {
-                    *life = KeyLife { state: KeyState::Deactivated, deactivated_at: Some(now), ..*life };
-                }
-                tracing::info!(stream = %id, %ordinal, reason, "key deactivated");
-            }
-            KeyOp::Destroy { ordinal, reason } => {
-                let key = stream.known.read().live_keys.get(&ordinal).map(|key| key.id);
-                if let Some(key) = key {
-                    self.store.destroy(key, now).await?;
-                    self.shared.keys.write().remove(&key);
-                }
-                let mut known = stream.known.write();
-                known.live_keys.remove(&ordinal);
-                if let Some(life) = known.lives.get_mut(&ordinal) {
-                    life.state = KeyState::Destroyed;
-                }
-                tracing::info!(stream = %id, %ordinal, reason, "key destroyed");
-            }
-        }
-        Ok(())
-    }
-
-    fn note_health(&self, rotating: bool) {
-        let now = self.now();
-        let mut overdue = 0;
-        let mut by_state = BTreeMap::from([("pre-active", 0), ("active", 0), ("deactivated", 0)]);
-        for stream in &self.shared.streams {
-            let known = stream.known.read();
-            for life in known.lives.values() {
-                if let Some(count) = by_state.get_mut(life.state.name()) {
-                    *count += 1;
-                }
-            }
-            let is_vod = !known.renditions.is_empty() && known.renditions.values().all(|r| r.ended);
-            let newest = known.lives.values().filter_map(|life| life.activated_at).max();
-            if let (Some(interval), Some(newest), false) =
-                (stream.settings.policy.rotation_interval, newest, is_vod)
-            {
-                overdue += usize::from(now.since(newest) >= interval + OVERDUE_AFTER);
-            }
-        }
-        for (state, count) in by_state {
-            self.shared.metrics.keys.with_label_values(&[state]).set(count);
-        }
-        self.shared.metrics.overdue_rotations.set(i64::try_from(overdue).unwrap_or(i64::MAX));
-        *self.shared.swept_at.write() = now;
-        let mut status = self.shared.status.write();
-        *status = EngineStatus { rotating, overdue_rotations: overdue, ..*status };
     }
 }

@@ -1,14 +1,18 @@
 //! The engine on a real store and a clock that stands still.
 
+mod operators;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Engine, Stream, StreamSettings, Worker};
+use super::{Engine, Fleet, Operator, Published, Shown, Stream, StreamSpec, Worker};
 use crate::clock::Clock;
-use crate::keys::{MediaSequenceNumber, PlaylistWindow, Policy, Timestamp};
+use crate::keys::{
+    Boundary, MediaSequenceNumber, Ordinal, PlaylistWindow, Policy, REPORT_INTERVAL, Timestamp,
+};
 use crate::kms::LocalKms;
-use crate::store::Store;
+use crate::store::{Location, Store};
 use crate::telemetry::Metrics;
 
 const START: Timestamp = Timestamp::from_unix_millis(1_700_000_000_000);
@@ -16,6 +20,7 @@ const RENDITION: &str = "/live/720p.m3u8";
 
 struct Node {
     engine: Engine,
+    operator: Operator,
     clock: Clock,
     sweeps: tokio::task::JoinHandle<()>,
 }
@@ -23,49 +28,66 @@ struct Node {
 impl Node {
     /// A node on the state in `dir`, sweeping every millisecond of real time.
     async fn start(dir: &Path, clock: Clock) -> Self {
-        let settings = StreamSettings {
-            id: "ch1".parse().unwrap(),
-            origin: "main".into(),
-            prefix: "/live/".into(),
-            policy: Policy { segments_per_key: 10, ..Policy::default() },
-        };
-        let (engine, seat) = Engine::new(vec![settings], clock.clone(), Metrics::new());
-        let store = Store::open(&dir.join("keyshield.db")).await.unwrap();
+        Self::start_polling(dir, clock, Duration::from_millis(20)).await
+    }
+
+    /// As [`Self::start`], asking for changes so often.
+    async fn start_polling(dir: &Path, clock: Clock, poll_interval: Duration) -> Self {
+        let (engine, seat) = Engine::new(clock.clone(), Metrics::new());
+        let store = Store::open(&Location::Sqlite(dir.join("keyshield.db")), 4).await.unwrap();
         let kms = LocalKms::open(&dir.join("master.key")).unwrap();
-        let worker = Worker::load(seat, store, &kms).await.unwrap();
-        let sweeps = tokio::spawn(worker.run(Duration::from_millis(1)));
-        Self { engine, clock, sweeps }
+        let fleet = Fleet {
+            node: hex::encode(&crate::entropy::random::<8>()[..]),
+            is_alone: false,
+            poll_interval,
+            sweep_interval: Duration::from_millis(1),
+            lease: Duration::from_millis(400),
+        };
+        let worker = Worker::load(seat, store, kms, fleet, vec![spec()]).await.unwrap();
+        let operator = worker.operator();
+        let sweeps = tokio::spawn(worker.run());
+        Self { engine, operator, clock, sweeps }
     }
 
     fn stream(&self) -> Arc<Stream> {
-        Arc::clone(self.engine.stream_at("main", "/live/720p.m3u8").unwrap())
+        self.engine.stream_at("main", "/live/720p.m3u8").unwrap()
     }
 
     /// (MSN, key ID) of every segment of a window.
     async fn published(&self, rendition: &str, first: u64, end: u64) -> Vec<(u64, String)> {
-        let window = live(first, end);
-        let published =
-            self.engine.publish(&self.stream(), rendition, window, Duration::from_secs(20)).await.unwrap();
+        let published = self.publish(rendition, live(first, end), Duration::from_secs(20)).await;
         (first..end)
-            .map(|msn| (msn, published.key_at(MediaSequenceNumber(msn)).unwrap().id.to_string()))
+            .map(|msn| (msn, published.key_at(MediaSequenceNumber(msn)).unwrap().cipher.id.to_string()))
             .collect()
+    }
+
+    async fn publish(&self, rendition: &str, window: PlaylistWindow, duration: Duration) -> Published {
+        let shown = Shown { window, duration, target_duration: Duration::from_secs(2) };
+        self.engine.publish(&self.stream(), rendition, shown).await.unwrap()
     }
 
     /// Publishes a window again and again until `enough` boundaries are known.
     async fn until_boundaries(&self, enough: usize, first: u64, end: u64) {
         let known = async {
-            while self.stream().call(RENDITION, &live(first, end)).unwrap().have < enough {
+            while self.stream().call(RENDITION, &live(first, end), self.clock.now()).unwrap().have < enough {
                 self.published(RENDITION, first, end).await;
                 tokio::task::yield_now().await;
             }
         };
         tokio::time::timeout(Duration::from_secs(5), known).await.expect("the boundary comes");
     }
+}
 
-    async fn next_rotation(&self) -> u32 {
-        let mut rotations = self.engine.rotations();
-        let rotation = tokio::time::timeout(Duration::from_secs(5), rotations.recv()).await;
-        rotation.expect("a rotation comes").unwrap().ordinal.0
+fn spec() -> StreamSpec {
+    StreamSpec {
+        id: "ch1".parse().unwrap(),
+        playlist_url: "https://origin.example/live/master.m3u8".into(),
+        origin: "main".into(),
+        prefix: "/live/".into(),
+        playlist_path: "/live/master.m3u8".into(),
+        cdn_endpoints: Vec::new(),
+        cdn_sync_enabled: false,
+        policy: Policy { segments_per_key: 10, ..Policy::default() },
     }
 }
 
@@ -112,12 +134,46 @@ async fn after_a_kill_and_a_restart_the_same_keys_are_published() {
 }
 
 #[tokio::test]
+async fn what_was_published_without_the_store_stays_when_a_kill_comes_before_it_is_stored() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = Clock::manual(START);
+    let node = Node::start(dir.path(), clock.clone()).await;
+    node.published(RENDITION, 100, 106).await;
+    {
+        // As it is decided while the store is away.
+        let stream = node.stream();
+        let mut known = stream.known.write();
+        let own = known.renditions.get_mut(RENDITION).unwrap();
+        let first = *own.schedule.last().unwrap();
+        let by_count = Boundary { ordinal: Ordinal(1), first: MediaSequenceNumber(110), ..first };
+        own.schedule = Arc::new(own.schedule.extended(&[by_count]));
+    }
+    let before = node.published(RENDITION, 105, 114).await;
+    assert_eq!(keys(&before), 2);
+    // The store is back, and is told what was served before it is given what waits.
+    node.clock.advance(REPORT_INTERVAL * 2);
+    assert_eq!(node.published(RENDITION, 105, 114).await, before);
+    for _ in 0..20 {
+        sweeps(&node).await;
+    }
+    node.sweeps.abort();
+    let again = Node::start(dir.path(), clock).await;
+    assert_eq!(again.published(RENDITION, 105, 114).await, before);
+}
+
+#[tokio::test]
 async fn the_rotation_interval_changes_the_key_a_lead_past_the_live_edge() {
     let dir = tempfile::tempdir().unwrap();
     let node = Node::start(dir.path(), Clock::manual(START)).await;
+    let mut rotations = node.engine.rotations();
     let before = node.published(RENDITION, 100, 103).await;
-    node.clock.advance(Duration::from_secs(1800));
-    assert_eq!(node.next_rotation().await, 1);
+    // Watched all the time: a rendition that nobody asks for begins anew.
+    for _ in 0..6 {
+        node.clock.advance(Duration::from_secs(300));
+        assert_eq!(node.published(RENDITION, 100, 103).await, before);
+    }
+    let rotation = tokio::time::timeout(Duration::from_secs(5), rotations.recv()).await;
+    assert_eq!(rotation.expect("a rotation comes").unwrap().ordinal.0, 1);
     let at_once = node.published(RENDITION, 100, 103).await;
     assert_eq!(at_once, before, "what is published does not change");
     node.until_boundaries(2, 100, 103).await;
@@ -155,10 +211,10 @@ async fn old_keys_are_destroyed_and_no_longer_found() {
     let node = Node::start(dir.path(), Clock::manual(START)).await;
     let old = node.published(RENDITION, 100, 108).await[0].1.parse().unwrap();
     node.published(RENDITION, 120, 128).await;
-    assert!(node.engine.key(old).is_some());
+    assert!(node.engine.key(old).await.is_some());
     // Deactivated in one sweep, destroyed when 20 s of playlist, 60 s of CDN and 300 s of grace are over.
     let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
-    while node.engine.key(old).is_some() {
+    while node.engine.key(old).await.is_some() {
         node.published(RENDITION, 120, 128).await;
         node.clock.advance(Duration::from_secs(50));
         tokio::time::sleep(Duration::from_millis(2)).await;
@@ -172,7 +228,7 @@ async fn a_long_vod_gets_all_its_keys_at_once() {
     let node = Node::start(dir.path(), Clock::manual(START)).await;
     let window = PlaylistWindow { ended: true, keeps_all: true, ..live(0, 10_000) };
     let hour = Duration::from_secs(3_600);
-    let published = node.engine.publish(&node.stream(), RENDITION, window, hour).await.unwrap();
+    let published = node.publish(RENDITION, window, hour).await;
     assert_eq!(published.keys().count(), 1_000);
 }
 
@@ -181,11 +237,10 @@ async fn an_empty_playlist_calls_for_no_keys() {
     let dir = tempfile::tempdir().unwrap();
     let node = Node::start(dir.path(), Clock::manual(START)).await;
     for _ in 0..3 {
-        let second = Duration::ZERO;
-        let published = node.engine.publish(&node.stream(), RENDITION, live(0, 0), second).await.unwrap();
+        let published = node.publish(RENDITION, live(0, 0), Duration::ZERO).await;
         assert_eq!(published.keys().count(), 0);
     }
-    assert_eq!(node.stream().call(RENDITION, &live(0, 6)).unwrap().have, 0);
+    assert_eq!(node.stream().call(RENDITION, &live(0, 6), START).unwrap().have, 0);
 }
 
 #[tokio::test]
@@ -194,12 +249,9 @@ async fn a_recording_is_decryptable_after_a_restart_and_a_long_idle_time() {
     let clock = Clock::manual(START);
     let node = Node::start(dir.path(), clock.clone()).await;
     let event = PlaylistWindow { keeps_all: true, ..live(0, 45) };
-    let show = |node: &Node| {
-        let (engine, stream) = (node.engine.clone(), node.stream());
-        async move {
-            let published = engine.publish(&stream, RENDITION, event, Duration::from_secs(90)).await.unwrap();
-            (0..45).map(|msn| published.key_at(MediaSequenceNumber(msn)).map(|k| k.id)).collect::<Vec<_>>()
-        }
+    let show = async |node: &Node| {
+        let published = node.publish(RENDITION, event, Duration::from_secs(90)).await;
+        (0..45).map(|msn| published.key_at(MediaSequenceNumber(msn)).map(|k| k.cipher.id)).collect::<Vec<_>>()
     };
     let before = show(&node).await;
     assert!(before.iter().all(Option::is_some));
@@ -227,7 +279,77 @@ async fn a_channel_that_nobody_watched_for_hours_plays_at_once_under_living_keys
     let after = node.published(RENDITION, 103, 109).await;
     assert_eq!(keys(&after), 1);
     assert_ne!(after[0].1, before[0].1);
-    assert!(node.engine.key(after[0].1.parse().unwrap()).is_some());
+    assert!(node.engine.key(after[0].1.parse().unwrap()).await.is_some());
+}
+
+#[tokio::test]
+async fn a_stream_that_cannot_be_read_is_known_and_not_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path(), Clock::manual(START)).await;
+    let other = StreamSpec { id: "ch2".parse().unwrap(), prefix: "/two/".into(), ..spec() };
+    node.operator.initialize(other, "ops").await.unwrap();
+    node.sweeps.abort();
+    let _ = node.sweeps.await;
+    let database = database(dir.path()).await;
+    let count = async || {
+        let row =
+            sqlx::query("SELECT count(*) AS keys FROM content_keys").fetch_one(&database).await.unwrap();
+        sqlx::Row::get::<i64, _>(&row, "keys")
+    };
+    let made = count().await;
+    let damage = "UPDATE content_keys SET wrapped = zeroblob(80) WHERE stream_id = 'ch2' AND ordinal = 1";
+    sqlx::query(damage).execute(&database).await.unwrap();
+
+    let again = Node::start(dir.path(), Clock::manual(START)).await;
+    // Its paths are its own: nothing of it may be passed through.
+    let damaged = again.engine.stream_at("main", "/two/a.ts").expect("it is known");
+    let shown = Shown {
+        window: live(0, 6),
+        duration: Duration::from_secs(12),
+        target_duration: Duration::from_secs(2),
+    };
+    let refused = again.engine.publish(&damaged, "/two/a.m3u8", shown).await;
+    assert_eq!(refused.unwrap_err(), super::EngineError::NotReady);
+    assert_eq!(keys(&again.published(RENDITION, 100, 106).await), 1, "the other one is served");
+    sweeps(&again).await;
+    assert_eq!(count().await, made, "no new keys are made in place of those that cannot be read");
+    assert!(again.engine.status().store_up);
+    again.operator.delete(&damaged.id, "ops").await.unwrap();
+    assert!(again.engine.stream_at("main", "/two/a.ts").is_none());
+}
+
+#[tokio::test]
+async fn what_the_store_could_not_be_told_it_is_told_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path(), Clock::manual(START)).await;
+    let old = node.published(RENDITION, 100, 108).await[0].1.parse().unwrap();
+    node.published(RENDITION, 120, 128).await;
+    sweeps(&node).await;
+
+    let database = database(dir.path()).await;
+    let run = async |sql: &'static str| sqlx::query(sql).execute(&database).await.map(drop).unwrap();
+    run("CREATE TRIGGER refuse BEFORE UPDATE OF last_named_at ON content_keys
+         BEGIN SELECT RAISE(ABORT, 'not now'); END")
+    .await;
+    let at = START.plus(Duration::from_secs(7));
+    node.engine.key(old).await.unwrap().named_at(at);
+    // Some reports fail.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    run("DROP TRIGGER refuse").await;
+    let told = async {
+        let sql = "SELECT count(*) AS told FROM content_keys WHERE last_named_at = $1";
+        let row = async || sqlx::query(sql).bind(at.as_unix_millis()).fetch_one(&database).await.unwrap();
+        while sqlx::Row::get::<i64, _>(&row().await, "told") == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(5), told).await.expect("the store is told");
+}
+
+/// The database of the nodes in `dir`, for a test to meddle with.
+async fn database(dir: &Path) -> sqlx::AnyPool {
+    let url = format!("sqlite://{}", dir.join("keyshield.db").display());
+    sqlx::AnyPool::connect(&url).await.unwrap()
 }
 
 /// Waits for two whole sweeps: one that began before may not have seen what a test did.
