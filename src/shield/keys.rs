@@ -11,12 +11,15 @@ use super::settings::ShieldSettings;
 use crate::engine::{Engine, EngineError};
 use crate::keys::KeyId;
 
-pub(super) fn serve(id: &str, engine: &Engine, settings: &ShieldSettings) -> Result<Reply, Refusal> {
+pub(super) async fn serve(id: &str, engine: &Engine, settings: &ShieldSettings) -> Result<Reply, Refusal> {
     let id: KeyId = id.parse().map_err(|_| Refusal::NoKey)?;
     if !engine.status().ready {
         return Err(EngineError::NotReady.into());
     }
-    let key = engine.key(id).ok_or(Refusal::NoKey)?;
+    let key = engine.key(id).await.ok_or(Refusal::NoKey)?;
+    if key.revoked().is_some() {
+        return Err(Refusal::KeyRevoked);
+    }
     let body = key.secrets.content.expose().to_vec();
     let max_age = settings.key_max_age.as_secs();
     Ok(Reply::new(StatusCode::OK, "application/octet-stream", body)

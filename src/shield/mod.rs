@@ -10,6 +10,7 @@
 mod flow;
 mod keys;
 mod pass_through;
+mod playlist_body;
 mod playlists;
 mod range;
 mod reply;
@@ -19,5 +20,6 @@ mod service;
 mod settings;
 pub mod upstream;
 
+pub use playlist_body::{PlaylistBodyError, playlist_body};
 pub use service::{Shield, service};
 pub use settings::ShieldSettings;

@@ -4,13 +4,11 @@
 //! half). When the origin fails, the last good one is served for `stale_if_error`. What a playlist is follows
 //! from its content: a path of a stream that turns out not to be a playlist is refused after its first bytes.
 
-use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use flate2::read::GzDecoder;
 use http::StatusCode;
 use http::header::{AGE, CACHE_CONTROL, ETAG};
 use moka::sync::Cache;
@@ -20,12 +18,13 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use super::flow::FlowError;
+use super::playlist_body::playlist_body;
 use super::reply::{Refusal, Reply};
 use super::service::Shield;
-use super::upstream::{OriginError, OriginRequest};
-use crate::engine::{LiveKey, Stream};
+use super::upstream::OriginError;
+use crate::engine::{EngineError, PublishedKey, Shown, Stream};
 use crate::hls::{
-    Kind, MediaFacts, MediaRewrite, OriginPath, PeriodKey, Playlist, looks_like_a_playlist, rewrite_media,
+    CipherKey, Kind, MediaFacts, MediaRewrite, OriginPath, PeriodKey, Playlist, rewrite_media,
     rewrite_multivariant,
 };
 use crate::keys::{KeyId, MediaSequenceNumber};
@@ -46,8 +45,10 @@ const LIVE_TTL: std::ops::RangeInclusive<Duration> = Duration::from_millis(250).
 struct Rewritten {
     body: Bytes,
     etag: String,
-    /// The keys that it names: each serving says that they are still needed.
-    keys: Vec<Arc<LiveKey>>,
+    /// The keys that it depends on: each serving says that they are still needed.
+    keys: Vec<PublishedKey>,
+    /// Whose it is, as it was when the playlist was fetched.
+    stream: Arc<Stream>,
     fetched: Instant,
     ttl: Duration,
     max_age: Duration,
@@ -109,7 +110,14 @@ pub(super) async fn serve(
     let query = place.query.clone().unwrap_or_default();
     let key = (place.mount.origin.clone(), place.path.clone(), query);
     let slot = shield.playlists.slots.get_with(key.clone(), Arc::default);
-    let rewritten = current(shield, stream, place, &slot).await?;
+    let mut rewritten = current(shield, stream, place, &slot).await?;
+    if !rewritten.may_be_served() {
+        // Its stream was stopped, or a key taken back, while it was made or waited for.
+        rewritten = current(shield, stream, place, &slot).await?;
+        if !rewritten.may_be_served() {
+            return Err(EngineError::NotReady.into());
+        }
+    }
     let bytes = u32::try_from(rewritten.body.len()).unwrap_or(u32::MAX);
     if slot.bytes.swap(bytes, Ordering::Relaxed) != bytes {
         // Weighed anew.
@@ -121,17 +129,19 @@ pub(super) async fn serve(
     }
     let now = shield.clock.now();
     let mut named: Vec<KeyId> = Vec::with_capacity(rewritten.keys.len());
-    for key in &rewritten.keys {
-        key.named_at(now);
-        named.push(key.id);
+    for PublishedKey { signer, cipher } in &rewritten.keys {
+        signer.named_at(now);
+        cipher.named_at(now);
+        named.push(cipher.id);
     }
+    named.dedup();
     let age = rewritten.fetched.elapsed().as_secs();
     let max_age = rewritten.max_age.as_secs().max(1);
     Ok(Reply::new(StatusCode::OK, CONTENT_TYPE_M3U8, rewritten.body.clone())
         .with(CACHE_CONTROL, format!("public, max-age={max_age}"))
         .with(AGE, age.to_string())
         .with(ETAG, rewritten.etag.clone())
-        .tagged(&stream.settings.id, &named))
+        .tagged(&stream.id, &named))
 }
 
 /// The playlist that is fresh, or fetched now, or stale because neither can be had soon.
@@ -180,7 +190,7 @@ async fn refresh(
             Ok(rewritten)
         }
         Err(refusal) => {
-            tracing::warn!(stream = %stream.settings.id, path = place.path, %refusal, "playlist not served");
+            tracing::warn!(stream = %stream.id, path = place.path, %refusal, "playlist not served");
             let mut results = slot.results.write();
             let stale = results.stale(shield.settings.stale_if_error).filter(|_| may_pass(&refusal));
             results.failed = Some((Instant::now(), refusal.clone(), stale.is_some()));
@@ -203,31 +213,42 @@ fn may_pass(refusal: &Refusal) -> bool {
 impl Results {
     /// What can be answered without asking the origin.
     fn fresh(&self) -> Option<Result<Arc<Rewritten>, Refusal>> {
-        if let Some(good) = self.good.as_ref().filter(|good| good.fetched.elapsed() < good.ttl) {
+        let good = self.good.as_ref().filter(|good| good.may_be_served());
+        if let Some(good) = good.filter(|good| good.fetched.elapsed() < good.ttl) {
             return Some(Ok(Arc::clone(good)));
         }
         let (at, refusal, served_stale) = self.failed.as_ref()?;
         if at.elapsed() >= FAILURE_TTL {
             return None;
         }
-        match &self.good {
+        match good {
             Some(good) if *served_stale => Some(Ok(Arc::clone(good))),
             _ => Some(Err(refusal.clone())),
         }
     }
 
     fn stale(&self, limit: Duration) -> Option<Arc<Rewritten>> {
-        self.good.as_ref().filter(|good| good.fetched.elapsed() < limit).map(Arc::clone)
+        let good = self.good.as_ref().filter(|good| good.may_be_served());
+        good.filter(|good| good.fetched.elapsed() < limit).map(Arc::clone)
+    }
+}
+
+impl Rewritten {
+    /// Whether its stream runs and none of the keys that it names was taken back, or destroyed, since.
+    fn may_be_served(&self) -> bool {
+        let may_be_named = |key: &PublishedKey| key.cipher.may_be_named() && !key.signer.is_destroyed();
+        self.stream.is_running() && self.keys.iter().all(may_be_named)
     }
 }
 
 async fn fetch(shield: &Shield, stream: &Arc<Stream>, place: &OriginPath<'_>) -> Result<Rewritten, Refusal> {
-    let body = fetch_body(shield, place).await?;
+    let limit = shield.settings.max_playlist_bytes;
+    let body = playlist_body(&shield.upstream, place, limit).await?;
     let playlist = Playlist::parse(&body)?;
     let is_protected = |to: &OriginPath<'_>| shield.owner(to).is_some();
     if playlist.kind() == Kind::Multivariant {
         let text = rewrite_multivariant(&playlist, &shield.settings.mounts, place, &is_protected)?;
-        return Ok(finish(text, Vec::new(), STEADY_TTL, STEADY_TTL));
+        return Ok(finish(text, stream, Vec::new(), STEADY_TTL, STEADY_TTL));
     }
     // A rendition is a path, and the parameters that choose what is behind it.
     let rendition = match &place.query {
@@ -236,10 +257,24 @@ async fn fetch(shield: &Shield, stream: &Arc<Stream>, place: &OriginPath<'_>) ->
     };
     let facts = playlist.media_facts()?;
     let duration = Duration::try_from_secs_f64(facts.duration_secs).unwrap_or(LONGEST).min(LONGEST);
-    let published = shield.engine.publish(stream, &rendition, facts.window(), duration).await?;
+    let shown = Shown {
+        window: facts.window(),
+        duration,
+        target_duration: Duration::from_secs(facts.target_duration_secs).min(LONGEST),
+    };
+    let published = shield.engine.publish(stream, &rendition, shown).await?;
     let key_at = |msn: MediaSequenceNumber| {
-        let key = published.key_at(msn)?;
-        Some(PeriodKey { id: key.id, method: key.method, iv_mode: key.iv_mode, link: &key.secrets.link })
+        let PublishedKey { signer, cipher } = published.key_at(msn)?;
+        Some(PeriodKey {
+            signer: (signer.id, &signer.secrets.link),
+            cipher: CipherKey {
+                id: cipher.id,
+                method: cipher.method,
+                iv_mode: cipher.iv_mode,
+                link: &cipher.secrets.link,
+            },
+            successor: (cipher.id != signer.id).then_some(cipher.ordinal),
+        })
     };
     let text = rewrite_media(
         &playlist,
@@ -247,14 +282,14 @@ async fn fetch(shield: &Shield, stream: &Arc<Stream>, place: &OriginPath<'_>) ->
             mounts: &shield.settings.mounts,
             from: place,
             is_protected: &is_protected,
-            encrypt_init_sections: stream.settings.policy.encrypt_init_sections,
+            encrypt_init_sections: published.encrypt_init_sections,
             key_uri_base: &shield.settings.key_uri_base,
             clear_init: (published.clear_init.dek, &published.clear_init.link),
             key_at: &key_at,
         },
     )?;
     let (ttl, max_age) = freshness(&facts);
-    Ok(finish(text, published.keys().cloned().collect(), ttl, max_age))
+    Ok(finish(text, stream, published.keys().cloned().collect(), ttl, max_age))
 }
 
 /// How long a Media Playlist is fresh here, and how long caches are told to keep it.
@@ -266,79 +301,21 @@ fn freshness(facts: &MediaFacts) -> (Duration, Duration) {
     ((target / 4).clamp(*LIVE_TTL.start(), *LIVE_TTL.end()), target / 2)
 }
 
-fn finish(text: String, keys: Vec<Arc<LiveKey>>, ttl: Duration, max_age: Duration) -> Rewritten {
+fn finish(
+    text: String,
+    stream: &Arc<Stream>,
+    keys: Vec<PublishedKey>,
+    ttl: Duration,
+    max_age: Duration,
+) -> Rewritten {
+    let stream = Arc::clone(stream);
     let etag = format!("\"{}\"", hex::encode(&Sha256::digest(text.as_bytes())[..12]));
-    Rewritten { body: text.into(), etag, keys, fetched: Instant::now(), ttl, max_age }
-}
-
-/// The origin's playlist, whole and without its Content-Encoding.
-async fn fetch_body(shield: &Shield, place: &OriginPath<'_>) -> Result<Bytes, Refusal> {
-    let request = OriginRequest {
-        mount: place.mount,
-        path: &place.path,
-        query: place.query.as_deref(),
-        accept_gzip: true,
-    };
-    let limit = shield.settings.max_playlist_bytes;
-    let mut response = shield.upstream.fetch(request).await?.ok()?.framed()?;
-    let gzip = match response.encoding() {
-        None => false,
-        Some(encoding) if encoding.eq_ignore_ascii_case("gzip") => true,
-        Some(encoding) => {
-            let (origin, encoding) = (response.origin().to_owned(), encoding.to_owned());
-            return Err(OriginError::Encoded { origin, encoding }.into());
-        }
-    };
-    let first = response.chunk().await?.unwrap_or_default();
-    // A long media file is told from its first bytes, and no more of it is fetched. A playlist's first
-    // chunk can be shorter than its header, when the origin dribbles: then the rest decides.
-    if !gzip && first.len() >= 16 && !looks_like_a_playlist(&first) {
-        return Err(Refusal::NotLinked);
-    }
-    if first.is_empty() {
-        return Err(Refusal::Empty);
-    }
-    let rest = response.body(limit.saturating_sub(first.len())).await?;
-    let body = if rest.is_empty() { first } else { Bytes::from([first, rest].concat()) };
-    let body = if gzip { gunzip(&body, limit, response.origin())? } else { body };
-    if looks_like_a_playlist(&body) { Ok(body) } else { Err(Refusal::NotLinked) }
-}
-
-/// # Errors
-/// Damaged gzip, and what would unpack to more than `limit` bytes.
-fn gunzip(body: &[u8], limit: usize, origin: &str) -> Result<Bytes, OriginError> {
-    let mut plain = Vec::new();
-    let read = GzDecoder::new(body).take(limit as u64 + 1).read_to_end(&mut plain);
-    read.map_err(|_| OriginError::BadGzip { origin: origin.to_owned() })?;
-    if plain.len() > limit {
-        return Err(OriginError::TooLong { origin: origin.to_owned(), limit: limit as u64 });
-    }
-    Ok(plain.into())
+    Rewritten { body: text.into(), etag, keys, stream, fetched: Instant::now(), ttl, max_age }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
-    use flate2::Compression;
-    use flate2::write::GzEncoder;
-
     use super::*;
-
-    fn gzip(plain: &[u8]) -> Vec<u8> {
-        let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
-        encoder.write_all(plain).unwrap();
-        encoder.finish().unwrap()
-    }
-
-    #[test]
-    fn gzip_is_undone_up_to_the_limit() {
-        assert_eq!(gunzip(&gzip(b"#EXTM3U\n"), 100, "main").unwrap(), "#EXTM3U\n");
-        let bomb = gzip(&vec![b'x'; 10_000_000]);
-        assert!(bomb.len() < 20_000);
-        assert!(matches!(gunzip(&bomb, 1_000_000, "main"), Err(OriginError::TooLong { .. })));
-        assert!(matches!(gunzip(b"not gzip", 100, "main"), Err(OriginError::BadGzip { .. })));
-    }
 
     #[test]
     fn caches_keep_a_live_playlist_for_half_its_target_duration() {

@@ -15,6 +15,7 @@ use pingora::proxy::Session;
 use thiserror::Error;
 
 use super::flow::FlowError;
+use super::playlist_body::PlaylistBodyError;
 use super::upstream::OriginError;
 use crate::engine::EngineError;
 use crate::hls::{LinkError, PlaylistError};
@@ -52,6 +53,10 @@ pub(super) enum Refusal {
     LinkKeyGone,
     #[error("no key has this ID")]
     NoKey,
+    #[error("this key was revoked; the playlist names another one")]
+    KeyRevoked,
+    #[error("this stream is stopped")]
+    Stopped,
     #[error("the origin's answer is empty")]
     Empty,
     #[error("{0}")]
@@ -74,9 +79,9 @@ impl Refusal {
         match self {
             Refusal::Method => StatusCode::METHOD_NOT_ALLOWED,
             Refusal::BadPath(_) => StatusCode::BAD_REQUEST,
-            Refusal::NoStream | Refusal::NoKey => StatusCode::NOT_FOUND,
+            Refusal::NoStream | Refusal::NoKey | Refusal::Stopped => StatusCode::NOT_FOUND,
             Refusal::NotLinked | Refusal::Link(_) | Refusal::ForgedLink => StatusCode::FORBIDDEN,
-            Refusal::LinkKeyGone => StatusCode::GONE,
+            Refusal::LinkKeyGone | Refusal::KeyRevoked => StatusCode::GONE,
             Refusal::Playlist(_) | Refusal::Empty => StatusCode::BAD_GATEWAY,
             Refusal::Engine(_) | Refusal::Flow(FlowError::Busy) => StatusCode::SERVICE_UNAVAILABLE,
             Refusal::Flow(FlowError::Abandoned) => StatusCode::BAD_GATEWAY,
@@ -105,6 +110,17 @@ impl Refusal {
 impl From<FlowError> for Refusal {
     fn from(error: FlowError) -> Self {
         Refusal::Flow(error)
+    }
+}
+
+impl From<PlaylistBodyError> for Refusal {
+    fn from(error: PlaylistBodyError) -> Self {
+        match error {
+            PlaylistBodyError::Origin(error) => Refusal::Origin(error),
+            PlaylistBodyError::Empty => Refusal::Empty,
+            // What a path of a stream holds is nobody's business when it is no playlist.
+            PlaylistBodyError::NotAPlaylist { .. } => Refusal::NotLinked,
+        }
     }
 }
 
@@ -224,6 +240,8 @@ mod tests {
             (Refusal::ForgedLink, 403),
             (Refusal::LinkKeyGone, 410),
             (Refusal::NoKey, 404),
+            (Refusal::Stopped, 404),
+            (Refusal::KeyRevoked, 410),
             (Refusal::Engine(EngineError::NotReady), 503),
             (Refusal::Flow(FlowError::Busy), 503),
             (Refusal::Origin(origin(StatusCode::NOT_FOUND)), 404),

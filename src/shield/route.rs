@@ -41,7 +41,11 @@ pub(super) fn route<'a>(
     // Compared as the origin would read it: `/live/%C3%A4/` is `/live/ä/`.
     let plain = normalized_path(&place.path).map_err(bad)?;
     if let Some(stream) = engine.stream_at(&place.mount.origin, &plain) {
-        return Ok(Route::Playlist { stream: Arc::clone(stream), place });
+        return if stream.is_running() {
+            Ok(Route::Playlist { stream, place })
+        } else {
+            Err(Refusal::Stopped)
+        };
     }
     if !place.mount.pass_through {
         return Err(Refusal::NoStream);
@@ -59,9 +63,7 @@ pub(super) fn route<'a>(
 mod tests {
     use super::*;
     use crate::clock::Clock;
-    use crate::engine::StreamSettings;
     use crate::hls::{BaseUrl, Mount, Mounts};
-    use crate::keys::Policy;
     use crate::telemetry::Metrics;
 
     fn check(path: &str, expected: &str) {
@@ -73,19 +75,14 @@ mod tests {
             mount("shut", "/shut", "http://shut.example", false),
         ])
         .unwrap();
-        let stream = |id: &str, prefix: &str| StreamSettings {
-            id: id.parse().unwrap(),
-            origin: "main".into(),
-            prefix: prefix.into(),
-            policy: Policy::default(),
-        };
-        let streams = vec![stream("one", "/live/ch1/"), stream("sub", "/live/ch1/sub/")];
-        let (engine, _seat) = Engine::new(streams, Clock::System, Metrics::new());
+        let (engine, _seat) = Engine::new(Clock::System, Metrics::new());
+        engine.know("one", "main", "/live/ch1/");
+        engine.know("sub", "main", "/live/ch1/sub/");
         let settings = ShieldSettings { key_uri_base: "/k/".into(), ..ShieldSettings::for_tests(mounts) };
         let found = match route(path, &settings, &engine) {
             Ok(Route::Key { id }) => format!("key {id}"),
             Ok(Route::Segment { linked }) => format!("segment {}", linked.path),
-            Ok(Route::Playlist { stream, place }) => format!("{} {}", stream.settings.id, place.path),
+            Ok(Route::Playlist { stream, place }) => format!("{} {}", stream.id, place.path),
             Ok(Route::PassThrough { place }) => format!("through {}", place.path),
             Err(refusal) => refusal.status().as_u16().to_string(),
         };

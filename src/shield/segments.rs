@@ -23,14 +23,47 @@ use super::service::Shield;
 use super::upstream::{OriginError, OriginRequest, Upstream};
 use crate::cipher::{SegmentEncryptor, ciphertext_len};
 use crate::engine::{ClearInitSigner, EngineError, LiveKey};
-use crate::hls::{Link, LinkedPath, Mount, canonical_path};
-use crate::keys::{DekId, Iv, KeyId, LinkKey, Place, Resource, StreamId};
+use crate::hls::{Link, LinkedPath, Mount, canonical_path, read_successor};
+use crate::keys::{DekId, Iv, KeyId, LinkKey, Ordinal, Place, Resource, StreamId};
 use crate::telemetry::Metrics;
 
-/// Who signed a link: the key that also encrypts, or the signer of clear init sections.
+/// Who signed a link: a content key, or the signer of clear init sections.
 enum Signer {
     Key(Arc<LiveKey>),
     ClearInit(Arc<ClearInitSigner>),
+}
+
+/// What a segment is encrypted under.
+struct Cipher {
+    key: Arc<LiveKey>,
+    /// `false`: this is for the one who asks, mostly a player that holds an older playlist, and for nobody after it.
+    may_be_kept: bool,
+}
+
+impl Cipher {
+    /// The key for a request whose link `signer` signed: the signer itself until it is revoked. After that, for
+    /// a request that names a successor (`r`) or comes after the transition, the key that has taken its place; for
+    /// one from an older playlist, the key that this playlist named (docs/design/010).
+    async fn choose(shield: &Shield, signer: &Arc<LiveKey>, asked: Option<Ordinal>) -> Result<Self, Refusal> {
+        let named = match asked {
+            Some(asked) => shield.engine.successor(signer, asked).await?,
+            None => None,
+        };
+        let Some(revoked) = signer.revoked() else {
+            // Nobody may keep this for an `r` that no playlist has named yet.
+            return Ok(Self { key: Arc::clone(signer), may_be_kept: asked.is_none() });
+        };
+        let chain = shield.engine.successors(signer);
+        let in_force = chain.last().filter(|key| key.revoked().is_none()).ok_or(Refusal::LinkKeyGone)?;
+        let is_unknown = asked.is_some() && named.is_none();
+        let (named, revoked) = match &named {
+            Some(named) => (named, named.revoked()),
+            None => (signer, Some(revoked)),
+        };
+        let is_transitional = revoked.is_some_and(|r| shield.clock.now() < r.transition_until);
+        let key = if is_transitional { named } else { in_force };
+        Ok(Self { key: Arc::clone(key), may_be_kept: !is_transitional && !is_unknown })
+    }
 }
 
 impl Signer {
@@ -47,13 +80,6 @@ impl Signer {
             Signer::ClearInit(signer) => &signer.stream,
         }
     }
-
-    fn keys(&self) -> &[KeyId] {
-        match self {
-            Signer::Key(key) => std::slice::from_ref(&key.id),
-            Signer::ClearInit(_) => &[],
-        }
-    }
 }
 
 /// A flow and what its answer says besides its bytes.
@@ -61,14 +87,21 @@ pub(super) struct Opened {
     /// `None` when the client has the bytes already: the origin need not be asked then.
     flow: Option<Arc<Flow>>,
     etag: String,
-    signer: Signer,
+    stream: StreamId,
+    cipher: Option<Cipher>,
+}
+
+impl Opened {
+    fn keys(&self) -> &[KeyId] {
+        self.cipher.as_ref().map_or(&[], |cipher| std::slice::from_ref(&cipher.key.id))
+    }
 }
 
 /// Checks a link and opens its flow.
 ///
 /// # Errors
 /// [`Refusal`] for a link that this shield did not write for this path, or whose key is gone.
-pub(super) fn open(
+pub(super) async fn open(
     shield: &Shield,
     linked: &LinkedPath,
     query: Option<&str>,
@@ -80,9 +113,9 @@ pub(super) fn open(
     }
     let signer = match link.place {
         Place::ClearInit => {
-            shield.engine.clear_init_signer(DekId::from_bytes(link.signer)).map(Signer::ClearInit)
+            shield.engine.clear_init_signer(DekId::from_bytes(link.signer)).await.map(Signer::ClearInit)
         }
-        _ => shield.engine.key(KeyId::from_bytes(link.signer)).map(Signer::Key),
+        _ => shield.engine.key(KeyId::from_bytes(link.signer)).await.map(Signer::Key),
     };
     let signer = signer.ok_or(Refusal::LinkKeyGone)?;
     let path = canonical_path(&linked.path).map_err(|error| Refusal::BadPath(error.to_string()))?;
@@ -92,46 +125,51 @@ pub(super) fn open(
     if signer.link_key().link_mac(&resource) != link.mac {
         return Err(Refusal::ForgedLink);
     }
-    let origin_query = Link::read_origin_query(query.unwrap_or_default(), &resource, signer.link_key())?;
+    let query = query.unwrap_or_default();
+    let origin_query = Link::read_origin_query(query, &resource, signer.link_key())?;
+    let cipher = match &signer {
+        Signer::Key(key) => Some(Cipher::choose(shield, key, read_successor(query)).await?),
+        Signer::ClearInit(_) => None,
+    };
+    // As the key that encrypts would sign it: what is under another key is another representation.
+    let encrypted = cipher.as_ref().map(|c| (&c.key, Resource { signer: c.key.id.as_bytes(), ..resource }));
 
-    // What a link leads to never changes, so the link's own proof is a strong validator. An origin's query may
+    // What a link leads to under one key never changes, so its proof is a strong validator. An origin's query may
     // lead elsewhere, and is part of it.
-    let mut etag = hex::encode(link.mac.0);
+    let mac = encrypted.as_ref().map_or(link.mac, |(key, resource)| key.secrets.link.link_mac(resource));
+    let mut etag = hex::encode(mac.0);
     if let Some(query) = &origin_query {
         etag.push_str(&hex::encode(&Sha256::digest(query)[..4]));
     }
     let etag = format!("\"{etag}\"");
+    let stream = signer.stream().clone();
     if if_none_match.is_some_and(|tags| names_etag(tags, &etag)) {
-        return Ok(Opened { flow: None, etag, signer });
+        return Ok(Opened { flow: None, etag, stream, cipher });
     }
     let key = FlowKey {
-        signer: link.signer,
+        signer: cipher.as_ref().map_or(link.signer, |cipher| *cipher.key.id.as_bytes()),
         place: link.place,
         origin: place.mount.origin.clone(),
         path: place.path.clone(),
         query: origin_query.clone(),
     };
     let flow = shield.flows.get_or_fill(key, |writer| {
-        let cipher = match &signer {
-            Signer::Key(key) => {
-                let iv = key.secrets.link.iv(key.iv_mode, &resource);
-                Some((Arc::clone(key), iv))
-            }
-            Signer::ClearInit(_) => None,
+        let iv = |(key, resource): (&Arc<LiveKey>, Resource<'_>)| {
+            (Arc::clone(key), key.secrets.link.iv(key.iv_mode, &resource))
         };
         let fill = Fill {
             upstream: shield.upstream.clone(),
             mount: place.mount.clone(),
             path: place.path.clone(),
             query: origin_query,
-            cipher,
+            cipher: encrypted.map(iv),
             max_bytes: shield.settings.max_segment_bytes,
             timeout: shield.settings.segment_timeout,
             metrics: shield.metrics.clone(),
         };
         async move { fill.run(&writer).await }
     })?;
-    Ok(Opened { flow: Some(flow), etag, signer })
+    Ok(Opened { flow: Some(flow), etag, stream, cipher })
 }
 
 /// Fetches one segment and encrypts it into its flow.
@@ -245,10 +283,11 @@ pub(super) async fn answer(session: &mut Session, shield: &Shield, opened: &Open
         let max_age = shield.settings.segment_max_age.as_secs();
         let cache_control = match status {
             StatusCode::RANGE_NOT_SATISFIABLE => "no-store".to_owned(),
+            _ if opened.cipher.as_ref().is_some_and(|cipher| !cipher.may_be_kept) => "no-store".to_owned(),
             _ => format!("public, max-age={max_age}, immutable"),
         };
         header.insert_header(CACHE_CONTROL, cache_control)?;
-        for (name, value) in tags(opened.signer.stream(), opened.signer.keys()) {
+        for (name, value) in tags(&opened.stream, opened.keys()) {
             header.insert_header(name, value)?;
         }
         add_cors(&mut header, origin.as_ref(), &shield.settings.cors_origins)?;

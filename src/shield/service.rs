@@ -67,7 +67,7 @@ impl Shield {
 
 impl Shield {
     /// The stream that a place belongs to.
-    pub(super) fn owner(&self, place: &OriginPath<'_>) -> Option<&Arc<Stream>> {
+    pub(super) fn owner(&self, place: &OriginPath<'_>) -> Option<Arc<Stream>> {
         let plain = normalized_path(&place.path).ok()?;
         self.engine.stream_at(&place.mount.origin, &plain)
     }
@@ -198,12 +198,12 @@ impl Shield {
         match route(&path, &self.settings, &self.engine)? {
             Route::Key { id } => {
                 notes.kind = "key";
-                keys::serve(id, &self.engine, &self.settings).map(Handled::Reply)
+                keys::serve(id, &self.engine, &self.settings).await.map(Handled::Reply)
             }
             Route::Segment { linked } => {
                 notes.kind = "segment";
                 let known = request.headers.get(IF_NONE_MATCH).and_then(|value| value.to_str().ok());
-                let opened = segments::open(self, &linked, query.as_deref(), known)?;
+                let opened = segments::open(self, &linked, query.as_deref(), known).await?;
                 let sent = segments::answer(session, self, &opened).await?;
                 notes.status = sent.status.as_u16();
                 notes.bytes = sent.bytes;
