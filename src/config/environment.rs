@@ -1,128 +1,260 @@
-//! The guide's environment variables, which go over the file.
+//! The environment: `KEYSHIELD_SECTION_KEY` for every key, and the guide's variables.
 //!
 //! Taken as a value, so that tests set variables without touching the process's own.
 
-use super::{ConfigError, RawConfig};
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 
-/// Variables of the guide that this version cannot honour. Silence would be taken for success.
-const NOT_YET: [&str; 6] = [
-    "KMS_REGION",
-    "KMS_KEY_RING",
-    "CDN_ENDPOINTS",
-    "CDN_SYNC_TIMEOUT",
-    "CDN_RETRY_ATTEMPTS",
-    "EMERGENCY_ROTATION_ENABLED",
-];
+use super::ConfigError;
+use super::layers::{Given, Source};
+use super::schema::{self, Key, nearest};
+use crate::fault;
 
-/// What the environment says, as far as it concerns the shield.
-#[derive(Debug, Clone, Default)]
-pub struct Environment {
-    variables: Vec<(&'static str, String)>,
+const PREFIX: &str = "KEYSHIELD_";
+
+/// What a variable of the guide means here.
+#[derive(Debug, Clone, Copy)]
+enum Meaning {
+    Sets(&'static str),
+    KmsProvider,
+    /// This version cannot honour it. Silence would be taken for success.
+    NotYet,
 }
 
-const KNOWN: [&str; 6] = [
-    "KMS_PROVIDER",
-    "DEFAULT_ROTATION_INTERVAL",
-    "MAX_SEGMENTS_PER_KEY",
-    "PRE_GENERATE_KEYS",
-    "KEY_GRACE_PERIOD",
-    "AUDIT_LOGGING_ENABLED",
+const GUIDE: [(&str, Meaning); 12] = [
+    ("DEFAULT_ROTATION_INTERVAL", Meaning::Sets("policy.rotation_interval_minutes")),
+    ("MAX_SEGMENTS_PER_KEY", Meaning::Sets("policy.segments_per_key")),
+    ("PRE_GENERATE_KEYS", Meaning::Sets("policy.pre_generate_keys")),
+    ("KEY_GRACE_PERIOD", Meaning::Sets("policy.grace_period_secs")),
+    ("EMERGENCY_ROTATION_ENABLED", Meaning::Sets("policy.emergency_rotation_enabled")),
+    ("KMS_PROVIDER", Meaning::KmsProvider),
+    ("KMS_REGION", Meaning::NotYet),
+    ("KMS_KEY_RING", Meaning::NotYet),
+    ("CDN_ENDPOINTS", Meaning::NotYet),
+    ("CDN_SYNC_TIMEOUT", Meaning::NotYet),
+    ("CDN_RETRY_ATTEMPTS", Meaning::NotYet),
+    ("AUDIT_LOGGING_ENABLED", Meaning::NotYet),
 ];
+
+/// Variables of our name that are no keys: the command line and the tests read them.
+const NO_KEYS: [&str; 4] =
+    ["KEYSHIELD_DEMO_TOKEN", "KEYSHIELD_TOKEN", "KEYSHIELD_CONTROL", "KEYSHIELD_CORPUS"];
+
+/// What the environment says, as far as it concerns the shield.
+#[derive(Clone, Default)]
+pub struct Environment {
+    variables: BTreeMap<String, OsString>,
+}
 
 impl Environment {
     /// The process's own.
     #[expect(clippy::disallowed_methods, reason = "this is the place that reads it")]
     pub fn of_process() -> Self {
-        Self::from_lookup(|name| std::env::var(name).ok())
+        Self::of(std::env::vars_os())
     }
 
-    pub fn from_lookup(look_up: impl Fn(&str) -> Option<String>) -> Self {
-        let named = KNOWN.into_iter().chain(NOT_YET);
-        Self { variables: named.filter_map(|name| Some((name, look_up(name)?))).collect() }
-    }
-
-    /// Puts the variables over what the file says.
-    ///
-    /// # Errors
-    /// A variable whose value is not what it should be.
-    pub fn apply(&self, raw: &mut RawConfig) -> Result<(), ConfigError> {
-        for (name, value) in &self.variables {
-            let bad =
-                |why: &str| ConfigError::Environment { name, value: value.clone(), why: why.to_owned() };
-            match *name {
-                "KMS_PROVIDER" if !value.eq_ignore_ascii_case("local") => {
-                    return Err(bad("this version wraps keys under a local master key file only: local"));
-                }
-                "DEFAULT_ROTATION_INTERVAL" => {
-                    let minutes = value.parse().map_err(|_| bad("must be a number of minutes"))?;
-                    raw.policy.rotation_interval_minutes = Some(minutes);
-                }
-                "MAX_SEGMENTS_PER_KEY" => {
-                    let count = value.parse().map_err(|_| bad("must be a number of segments"))?;
-                    raw.policy.segments_per_key = Some(count);
-                }
-                "PRE_GENERATE_KEYS" => {
-                    let count = value.parse().map_err(|_| bad("must be a number of keys"))?;
-                    raw.policy.pre_generate_keys = Some(count);
-                }
-                "KEY_GRACE_PERIOD" => {
-                    let secs = value.parse().map_err(|_| bad("must be a number of seconds"))?;
-                    raw.policy.grace_period_secs = Some(secs);
-                }
-                _ => {}
-            }
-        }
-        Ok(())
+    pub fn of(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Self {
+        let named = variables.into_iter().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
+        Self { variables: named.filter(|(name, value)| concerns_us(name, value)).collect() }
     }
 
     /// Variables that are set and not honoured by this version.
     pub fn ignored(&self) -> Vec<&'static str> {
-        let not_yet = |name: &&str| NOT_YET.contains(name) || *name == "AUDIT_LOGGING_ENABLED";
-        self.variables.iter().map(|(name, _)| *name).filter(not_yet).collect()
+        let not_yet = |(name, meaning): (&'static str, Meaning)| {
+            (matches!(meaning, Meaning::NotYet) && self.variables.contains_key(name)).then_some(name)
+        };
+        GUIDE.into_iter().filter_map(not_yet).collect()
     }
+
+    /// The values that it gives to keys.
+    pub(super) fn given(&self) -> Result<Vec<Given>, ConfigError> {
+        let mut given = Vec::new();
+        for (name, value) in &self.variables {
+            let bad = |why: &str| {
+                let value = value.to_string_lossy().into_owned();
+                ConfigError::Environment { name: name.clone(), value, why: why.to_owned() }
+            };
+            let guide = GUIDE.into_iter().find(|(guide, _)| guide == name);
+            let key = match guide {
+                Some((_, Meaning::Sets(path))) => schema::get().key(path),
+                Some((_, Meaning::NotYet)) => continue,
+                Some((_, Meaning::KmsProvider)) if value.eq_ignore_ascii_case("local") => continue,
+                Some((_, Meaning::KmsProvider)) => {
+                    return Err(bad("this version wraps keys under a local master key file only: local"));
+                }
+                None => schema::get().keys().iter().find(|key| key.variable() == *name),
+            };
+            let Some(key) = key else { return Err(unknown(name)) };
+            let source = Source::Variable(name.clone());
+            // Not shown: it may be the URL of a database.
+            let Some(text) = value.to_str() else {
+                let why = "must be Unicode".to_owned();
+                return Err(ConfigError::Kind { given_by: source, key: key.path.clone(), why });
+            };
+            given.push(Given::parse(key, text, source)?);
+        }
+        Ok(given)
+    }
+}
+
+fn unknown(name: &str) -> ConfigError {
+    let variables: Vec<_> = schema::get().keys().iter().map(Key::variable).collect();
+    let hint = match nearest(name, variables.iter().map(String::as_str)) {
+        Some(near) => format!("; did you mean {near}?"),
+        None => format!("; a key such as shield.listen is called {PREFIX}SHIELD_LISTEN"),
+    };
+    ConfigError::UnknownVariable { name: name.to_owned(), hint }
+}
+
+fn concerns_us(name: &str, value: &OsString) -> bool {
+    if GUIDE.iter().any(|(guide, _)| *guide == name) {
+        return true;
+    }
+    name.starts_with(PREFIX) && !is_no_key(name) && !is_service_link(name, value)
+}
+
+fn is_no_key(name: &str) -> bool {
+    NO_KEYS.contains(&name) || fault::VARIABLES.contains(&name)
+}
+
+/// Whether Kubernetes set it: every container is told of a Service called `keyshield` or `keyshield-…` by variables
+/// such as `KEYSHIELD_SERVICE_HOST` and `KEYSHIELD_PORT_8080_TCP_ADDR`. Taken for slips of ours they would keep the
+/// shield from starting next to its own Service.
+fn is_service_link(name: &str, value: &OsString) -> bool {
+    let protocol = |tail: &str| {
+        let tail = tail.trim_start_matches(|c: char| c.is_ascii_digit());
+        ["_TCP", "_UDP", "_SCTP"].iter().any(|protocol| tail.starts_with(protocol))
+    };
+    name.ends_with("_SERVICE_HOST")
+        || name.contains("_SERVICE_PORT")
+        || name.split("_PORT_").skip(1).any(protocol)
+        || (name.ends_with("_PORT") && value.to_string_lossy().contains("://"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn apply(variables: &[(&str, &str)]) -> Result<RawConfig, String> {
-        let look_up =
-            |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned());
-        let mut raw = RawConfig::default();
-        Environment::from_lookup(look_up).apply(&mut raw).map_err(|error| error.to_string())?;
-        Ok(raw)
+    fn environment(variables: &[(&str, &str)]) -> Environment {
+        Environment::of(variables.iter().map(|(name, value)| (name.into(), value.into())))
+    }
+
+    /// (key, value) of what is given, or the error.
+    fn given(variables: &[(&str, &str)]) -> Result<Vec<(&'static str, String)>, String> {
+        let given = environment(variables).given().map_err(|error| error.to_string())?;
+        Ok(given.into_iter().map(|given| (given.key.path.as_str(), given.value.to_string())).collect())
+    }
+
+    fn check(name: &str, value: &str, expected: (&str, &str)) {
+        let given = given(&[(name, value)]).unwrap();
+        assert_eq!(given, [(expected.0, expected.1.to_owned())], "{name}={value}");
     }
 
     #[test]
-    fn the_guides_variables_go_over_the_file() {
-        let raw = apply(&[
-            ("DEFAULT_ROTATION_INTERVAL", "15"),
-            ("MAX_SEGMENTS_PER_KEY", "50"),
-            ("PRE_GENERATE_KEYS", "5"),
-            ("KEY_GRACE_PERIOD", "120"),
-            ("KMS_PROVIDER", "local"),
-        ])
-        .unwrap();
-        assert_eq!(raw.policy.rotation_interval_minutes, Some(15.0));
-        assert_eq!(raw.policy.segments_per_key, Some(50));
-        assert_eq!(raw.policy.pre_generate_keys, Some(5));
-        assert_eq!(raw.policy.grace_period_secs, Some(120));
+    fn the_guides_variables_set_their_keys() {
+        check("DEFAULT_ROTATION_INTERVAL", "15", ("policy.rotation_interval_minutes", "15.0"));
+        check("MAX_SEGMENTS_PER_KEY", "50", ("policy.segments_per_key", "50"));
+        check("PRE_GENERATE_KEYS", "5", ("policy.pre_generate_keys", "5"));
+        check("KEY_GRACE_PERIOD", "120", ("policy.grace_period_secs", "120"));
+        check("EMERGENCY_ROTATION_ENABLED", "false", ("policy.emergency_rotation_enabled", "false"));
+        assert_eq!(given(&[("KMS_PROVIDER", "Local")]), Ok(Vec::new()));
     }
 
     #[test]
-    fn a_bad_value_names_its_variable() {
-        for (name, value) in
-            [("DEFAULT_ROTATION_INTERVAL", "soon"), ("MAX_SEGMENTS_PER_KEY", "-5"), ("KMS_PROVIDER", "AWS")]
-        {
-            let error = apply(&[(name, value)]).unwrap_err();
-            assert!(error.contains(name) && error.contains(value), "{error}");
+    fn every_key_of_the_guides_exists() {
+        for (name, meaning) in GUIDE {
+            if let Meaning::Sets(path) = meaning {
+                assert!(schema::get().key(path).is_some(), "{name}");
+            }
         }
     }
 
     #[test]
+    fn every_key_has_a_variable_of_its_own() {
+        let variables: std::collections::BTreeSet<_> =
+            schema::get().keys().iter().map(Key::variable).collect();
+        assert_eq!(variables.len(), schema::get().keys().len());
+        for variable in &variables {
+            assert!(concerns_us(variable, &"tcp://10.0.0.1:80".into()), "{variable}");
+        }
+    }
+
+    #[test]
+    fn values_are_read_as_their_keys_kind() {
+        check("KEYSHIELD_SHIELD_LISTEN", "[::]:80", ("shield.listen", "\"[::]:80\""));
+        check("KEYSHIELD_LOG_FORMAT", "\"json\"", ("log.format", "\"json\""));
+        check("KEYSHIELD_STORE_DATABASE", "1", ("store.database", "\"1\""));
+        check("KEYSHIELD_POLICY_SEGMENTS_PER_KEY", "50", ("policy.segments_per_key", "50"));
+        check("KEYSHIELD_POLICY_ENCRYPT_INIT_SECTIONS", "true", ("policy.encrypt_init_sections", "true"));
+        check("KEYSHIELD_CONTROL_JWT_ISSUER", "https://id", ("control.jwt.issuer", "\"https://id\""));
+    }
+
+    #[test]
+    fn lists_are_toml_or_json_or_texts_between_commas() {
+        let cors = "KEYSHIELD_SHIELD_CORS_ORIGINS";
+        let two = ("shield.cors_origins", "[\"https://a\", \"https://b\"]");
+        check(cors, "https://a, https://b", two);
+        check(cors, "[\"https://a\", \"https://b\"]", two);
+        check(cors, "", ("shield.cors_origins", "[]"));
+        let origin = ("origins", "[{ name = \"a\", urls = [\"http://o\"] }]");
+        check("KEYSHIELD_ORIGINS", "[{name = \"a\", urls = [\"http://o\"]}]", origin);
+        check("KEYSHIELD_ORIGINS", "[{\"name\": \"a\", \"urls\": [\"http://o\"]}]", origin);
+    }
+
+    #[test]
+    fn a_bad_value_names_its_variable_and_its_key() {
+        for (name, value, key) in [
+            ("DEFAULT_ROTATION_INTERVAL", "soon", "policy.rotation_interval_minutes must be a number"),
+            ("MAX_SEGMENTS_PER_KEY", "5.5", "policy.segments_per_key must be a whole number"),
+            (
+                "EMERGENCY_ROTATION_ENABLED",
+                "maybe",
+                "policy.emergency_rotation_enabled must be true or false",
+            ),
+            ("KMS_PROVIDER", "AWS", "local"),
+        ] {
+            let error = given(&[(name, value)]).unwrap_err();
+            assert!(error.contains(name) && error.contains(value) && error.contains(key), "{error}");
+        }
+        let error = given(&[("KEYSHIELD_CONTROL_TOKENS", "[{sha256 = \"abcd\"")]).unwrap_err();
+        assert!(error.contains("control.tokens must be a list") && !error.contains("abcd"), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
+
+    #[test]
+    fn an_unknown_variable_is_told_the_one_that_was_meant() {
+        assert_eq!(
+            given(&[("KEYSHIELD_SHEILD_LISTEN", "")]),
+            Err(
+                "unknown environment variable KEYSHIELD_SHEILD_LISTEN; did you mean KEYSHIELD_SHIELD_LISTEN?"
+                    .into()
+            )
+        );
+        let error = given(&[("KEYSHIELD_X", "")]).unwrap_err();
+        assert!(error.contains("KEYSHIELD_X") && error.contains("shield.listen"), "{error}");
+    }
+
+    #[test]
+    fn variables_of_the_command_line_and_of_kubernetes_are_no_keys() {
+        for name in NO_KEYS {
+            assert_eq!(given(&[(name, "x")]), Ok(Vec::new()), "{name}");
+        }
+        for (name, value) in [
+            ("KEYSHIELD_SERVICE_HOST", "10.0.0.1"),
+            ("KEYSHIELD_SERVICE_PORT", "8080"),
+            ("KEYSHIELD_SERVICE_PORT_HTTP", "8080"),
+            ("KEYSHIELD_PORT", "tcp://10.0.0.1:8080"),
+            ("KEYSHIELD_CONTROL_PORT_8081_TCP", "tcp://10.0.0.1:8081"),
+            ("KEYSHIELD_PORT_8080_TCP_PROTO", "tcp"),
+        ] {
+            assert_eq!(given(&[(name, value)]), Ok(Vec::new()), "{name}");
+        }
+        assert!(given(&[("KEYSHIELD_PORT", "8080")]).is_err());
+    }
+
+    #[test]
     fn what_is_not_honoured_yet_is_said() {
-        let set = |name: &str| ["CDN_ENDPOINTS", "PRE_GENERATE_KEYS"].contains(&name).then(|| "3".to_owned());
-        assert_eq!(Environment::from_lookup(set).ignored(), ["CDN_ENDPOINTS"]);
+        let set = environment(&[("CDN_ENDPOINTS", "a"), ("PRE_GENERATE_KEYS", "3"), ("KMS_REGION", "b")]);
+        assert_eq!(set.ignored(), ["KMS_REGION", "CDN_ENDPOINTS"]);
     }
 }

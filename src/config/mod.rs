@@ -1,79 +1,60 @@
-//! Configuration: text in, checked values out.
+//! Configuration: layers in, checked values out.
 //!
-//! [`raw`] is what the file and the environment say, [`Config`] is what was checked: who holds one need not
-//! doubt its addresses, origins or policies. `config/keyshield.toml` documents every key. Deliberately
-//! absent: opening what the configuration names (`app` does).
+//! Defaults, a file, the environment and flags go one over the other ([`Layers`]) and come to a [`RawConfig`];
+//! [`Config`] is what was checked: who holds one need not doubt its addresses, origins or policies. [`Effective`]
+//! says where each value came from. `config/keyshield.toml` documents every key. Deliberately absent: opening what
+//! the configuration names (`app` does).
 
+mod access;
+mod checks;
+mod database;
+mod effective;
 mod environment;
+mod error;
+mod file;
+mod layers;
 mod raw;
+mod schema;
+mod secrets;
+mod streams;
 
 use std::net::SocketAddr;
-use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use thiserror::Error;
-
+pub use access::{AccessToken, JwksSource, JwtConfig, Role};
+use checks::{YEAR_SECS, address, between, field, key_uri_base, log_filter, millis, mount, secs};
+pub use database::Database;
+pub use effective::{Effective, EffectiveValue};
 pub use environment::Environment;
-pub use raw::{RawConfig, RawOrigin, RawPolicy, RawStream};
+pub use error::ConfigError;
+pub use layers::{Layers, Setting, Source};
+pub use raw::{RawConfig, RawControl, RawJwt, RawOrigin, RawPolicy, RawStream, RawToken};
+pub use streams::StreamConfig;
 
-use crate::hls::{BaseUrl, Mount, MountError, Mounts, normalized_path};
-use crate::keys::{IdError, IvMode, KeyMethod, Policy, PolicyError, StreamId};
-use crate::telemetry::{LogFormat, check_log_filter};
-
-const YEAR_SECS: u64 = 366 * 86_400;
-/// A year: whoever wants no time trigger says 0.
-const MAX_INTERVAL_MINUTES: f64 = 525_600.0;
-
-/// What is wrong with the configuration: where, and what to do.
-#[derive(Debug, Error)]
-pub enum ConfigError {
-    #[error("cannot read {path}: {source}")]
-    Read { path: PathBuf, source: std::io::Error },
-    #[error("{path}: {source}")]
-    Parse { path: PathBuf, source: Box<toml::de::Error> },
-    #[error("environment variable {name}={value:?}: {why}")]
-    Environment { name: &'static str, value: String, why: String },
-    #[error("{field} = {value:?}: {why}")]
-    Field { field: String, value: String, why: String },
-    #[error("{0}")]
-    Origins(#[from] MountError),
-    #[error("stream {stream}: {source}")]
-    Policy { stream: String, source: PolicyError },
-    #[error("stream {id:?}: {source}")]
-    StreamId { id: String, source: IdError },
-    #[error("stream {stream}: playlist_url {url:?}: {source}; add it to [[origins]] or correct it")]
-    StreamUrl { stream: String, url: String, source: MountError },
-    #[error("stream {stream}: path_prefix {prefix:?} does not begin the path of playlist_url, {path:?}")]
-    StreamPrefix { stream: String, prefix: String, path: String },
-    #[error("streams {one} and {other} both own {prefix:?} at origin {origin:?}")]
-    PrefixTaken { one: String, other: String, prefix: String, origin: String },
-    #[error("stream {0} is configured twice")]
-    StreamTwice(String),
-}
-
-/// A stream, checked: its playlist lies at an allowed origin, below its prefix.
-#[derive(Debug, Clone, PartialEq)]
-pub struct StreamConfig {
-    pub id: StreamId,
-    pub origin: String,
-    pub prefix: String,
-    /// The path of its main playlist, as players ask the shield for it.
-    pub playlist_path: String,
-    pub policy: Policy,
-}
+use crate::hls::Mounts;
+use crate::keys::Policy;
+use crate::telemetry::LogFormat;
 
 /// The whole configuration, checked.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     pub listen: SocketAddr,
     pub control_listen: SocketAddr,
+    pub tokens: Vec<AccessToken>,
+    pub jwt: Option<JwtConfig>,
     /// 0: one for each core.
     pub threads: usize,
     pub shutdown_grace: Duration,
     pub log_format: LogFormat,
     pub log_filter: String,
-    pub database: PathBuf,
+    pub database: Database,
+    /// Connections to PostgreSQL.
+    pub store_max_connections: u32,
+    /// How often changes by other nodes are looked for where they are not told.
+    pub store_poll_interval: Duration,
+    /// How long a node that does not renew it holds the lease of the sweep.
+    pub store_lease: Duration,
     pub master_key_file: PathBuf,
     pub sweep_interval: Duration,
     pub key_uri_base: String,
@@ -94,21 +75,33 @@ pub struct Config {
     pub pool_size: usize,
     pub ca_file: Option<String>,
     pub mounts: Mounts,
+    /// What a stream gets that says nothing else.
+    pub policy: Policy,
     pub streams: Vec<StreamConfig>,
 }
 
 impl Config {
-    /// Reads the file, puts the environment over it, and checks the whole.
+    /// Puts the file, the environment and the settings over the defaults, and checks the whole.
     ///
     /// # Errors
     /// The first thing that is wrong, with its place.
-    pub fn load(path: &Path, environment: &Environment) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        let mut raw: RawConfig = toml::from_str(&text)
-            .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })?;
-        environment.apply(&mut raw)?;
-        Self::checked(&raw)
+    pub fn load(
+        file: Option<&Path>,
+        environment: &Environment,
+        settings: &[Setting],
+    ) -> Result<Effective, ConfigError> {
+        let mut layers = Layers::over(&RawConfig::default());
+        if let Some(path) = file {
+            layers.file(path)?;
+        }
+        layers.environment(environment)?;
+        layers.flags(settings)?;
+        let effective = layers.finish()?;
+        // An empty file is somebody's will, nothing at all is a slip.
+        if file.is_none() && effective.config.mounts.iter().next().is_none() {
+            return Err(ConfigError::Nothing);
+        }
+        Ok(effective)
     }
 
     /// # Errors
@@ -116,27 +109,35 @@ impl Config {
     pub fn checked(raw: &RawConfig) -> Result<Self, ConfigError> {
         let mounts = raw.origins.iter().map(mount).collect::<Result<Vec<_>, _>>()?;
         let mounts = Mounts::new(mounts)?;
-        let streams =
-            raw.streams.iter().map(|s| stream(s, &raw.policy, &mounts)).collect::<Result<Vec<_>, _>>()?;
-        refuse_shared(&streams)?;
+        let policy = streams::default_policy(&raw.policy)?;
+        let streams = streams::streams(&raw.streams, &raw.policy, &mounts)?;
         Ok(Self {
             listen: address("shield.listen", &raw.shield.listen)?,
             control_listen: address("control.listen", &raw.control.listen)?,
+            tokens: access::tokens(&raw.control.tokens)?,
+            jwt: raw.control.jwt.as_ref().map(access::jwt).transpose()?,
             threads: between("shield.threads", raw.shield.threads, 0..=1_024)?,
             shutdown_grace: secs("shield.shutdown_grace_secs", raw.shield.shutdown_grace_secs, 0..=600)?,
-            log_format: raw.log.format.parse().map_err(|why: &str| ConfigError::Field {
-                field: "log.format".into(),
-                value: raw.log.format.clone(),
-                why: why.into(),
-            })?,
-            log_filter: checked_filter(&raw.log.filter)?,
-            database: raw.store.database.clone(),
+            log_format: raw
+                .log
+                .format
+                .parse()
+                .map_err(|why: &str| field("log.format", &raw.log.format, why))?,
+            log_filter: log_filter(&raw.log.filter)?,
+            database: Database::parse(&raw.store.database)?,
+            store_max_connections: between("store.max_connections", raw.store.max_connections, 1..=100)?,
+            store_poll_interval: millis(
+                "store.poll_interval_millis",
+                raw.store.poll_interval_millis,
+                50..=10_000,
+            )?,
+            store_lease: secs("store.lease_secs", raw.store.lease_secs, 2..=300)?,
             master_key_file: raw.kms.master_key_file.clone(),
-            sweep_interval: Duration::from_millis(between(
+            sweep_interval: millis(
                 "keys.sweep_interval_millis",
                 raw.keys.sweep_interval_millis,
                 10..=10_000,
-            )?),
+            )?,
             key_uri_base: key_uri_base(&raw.keys.uri_base)?,
             key_max_age: secs("keys.max_age_secs", raw.keys.max_age_secs, 0..=YEAR_SECS)?,
             segment_max_age: secs("segments.max_age_secs", raw.segments.max_age_secs, 0..=YEAR_SECS)?,
@@ -163,137 +164,16 @@ impl Config {
             pool_size: between("upstream.pool_size", raw.upstream.pool_size, 1..=100_000)?,
             ca_file: Some(raw.upstream.ca_file.clone()).filter(|path| !path.is_empty()),
             mounts,
+            policy,
             streams,
         })
     }
 }
 
-fn field(field: &str, value: impl ToString, why: &str) -> ConfigError {
-    ConfigError::Field { field: field.to_owned(), value: value.to_string(), why: why.to_owned() }
-}
-
-fn address(name: &str, text: &str) -> Result<SocketAddr, ConfigError> {
-    text.parse().map_err(|_| field(name, text, "must be IP:PORT, such as 127.0.0.1:8080 or [::]:8080"))
-}
-
-fn between<N: Copy + PartialOrd + ToString>(
-    name: &str,
-    value: N,
-    range: RangeInclusive<N>,
-) -> Result<N, ConfigError> {
-    let why = || format!("must be between {} and {}", range.start().to_string(), range.end().to_string());
-    if range.contains(&value) { Ok(value) } else { Err(field(name, value, &why())) }
-}
-
-fn secs(name: &str, value: u64, range: RangeInclusive<u64>) -> Result<Duration, ConfigError> {
-    between(name, value, range).map(Duration::from_secs)
-}
-
-fn checked_filter(filter: &str) -> Result<String, ConfigError> {
-    let checked = check_log_filter(filter).map(|()| filter.to_owned());
-    checked.map_err(|why| field("log.filter", filter, &why))
-}
-
-/// What stands before the key ID: a path of the shield, or an absolute URL of a CDN in front of it.
-fn key_uri_base(text: &str) -> Result<String, ConfigError> {
-    let legal = text.starts_with('/') || BaseUrl::parse(text).is_ok();
-    let plain = text.bytes().all(|b| b.is_ascii_graphic() && b != b'"');
-    if !legal || !plain {
-        let why = "must be a path such as /api/hls/keys/ or an absolute http(s) URL";
-        return Err(field("keys.uri_base", text, why));
-    }
-    Ok(format!("{}/", text.trim_end_matches('/')))
-}
-
-fn mount(raw: &RawOrigin) -> Result<Mount, ConfigError> {
-    let bases = raw.urls.iter().map(|url| BaseUrl::parse(url)).collect::<Result<Vec<_>, _>>()?;
-    let mut mount = Mount::new(raw.name.clone(), &raw.mount, bases, raw.pass_through)?;
-    mount.query_params.clone_from(&raw.query_params);
-    Ok(mount)
-}
-
-fn stream(raw: &RawStream, defaults: &RawPolicy, mounts: &Mounts) -> Result<StreamConfig, ConfigError> {
-    let id: StreamId =
-        raw.id.parse().map_err(|source| ConfigError::StreamId { id: raw.id.clone(), source })?;
-    let bad_url =
-        |source| ConfigError::StreamUrl { stream: raw.id.clone(), url: raw.playlist_url.clone(), source };
-    let place = mounts.place_of(&raw.playlist_url).map_err(bad_url)?;
-    let plain = normalized_path(&place.path).map_err(bad_url)?;
-    let prefix = match &raw.path_prefix {
-        Some(prefix) => prefix.clone(),
-        // The directory: everything up to the last slash, which every path has.
-        None => plain[..=plain.rfind('/').unwrap_or(0)].to_owned(),
-    };
-    if !prefix.starts_with('/') || !plain.starts_with(&prefix) {
-        return Err(ConfigError::StreamPrefix { stream: raw.id.clone(), prefix, path: plain });
-    }
-    let policy = policy(&raw.policy.over(defaults), &raw.id)?;
-    let playlist_path = place.mount.shield_path(&place.path);
-    Ok(StreamConfig { id, origin: place.mount.origin.clone(), prefix, playlist_path, policy })
-}
-
-fn refuse_shared(streams: &[StreamConfig]) -> Result<(), ConfigError> {
-    for (at, one) in streams.iter().enumerate() {
-        for other in &streams[at + 1..] {
-            if one.id == other.id {
-                return Err(ConfigError::StreamTwice(one.id.to_string()));
-            }
-            if one.origin == other.origin && one.prefix == other.prefix {
-                return Err(ConfigError::PrefixTaken {
-                    one: one.id.to_string(),
-                    other: other.id.to_string(),
-                    prefix: one.prefix.clone(),
-                    origin: one.origin.clone(),
-                });
-            }
-        }
-    }
-    Ok(())
-}
-
-fn policy(raw: &RawPolicy, stream: &str) -> Result<Policy, ConfigError> {
-    let base = Policy::default();
-    let named = |name: &str, value: &str, why: &str| field(&format!("{stream}: {name}"), value, why);
-    let key_method = match &raw.key_method {
-        None => base.key_method,
-        Some(name) => KeyMethod::from_name(name)
-            .ok_or_else(|| named("key_method", name, "must be \"AES-128\" or \"AES-256\""))?,
-    };
-    let iv_mode = match &raw.iv_mode {
-        None => base.iv_mode,
-        Some(name) => {
-            let why = "must be \"segment\", \"period\" or \"sequence\"";
-            IvMode::from_name(name).ok_or_else(|| named("iv_mode", name, why))?
-        }
-    };
-    let secs = |value: Option<u64>, default| value.map_or(default, Duration::from_secs);
-    let rotation_interval = match raw.rotation_interval_minutes {
-        None => base.rotation_interval,
-        Some(minutes) if (0.0..=MAX_INTERVAL_MINUTES).contains(&minutes) => {
-            Some(Duration::from_secs_f64(minutes * 60.0)).filter(|interval| !interval.is_zero())
-        }
-        Some(minutes) => {
-            let why = "must be between 0 and 525600";
-            return Err(named("rotation_interval_minutes", &minutes.to_string(), why));
-        }
-    };
-    let policy = Policy {
-        key_method,
-        rotation_interval,
-        segments_per_key: raw.segments_per_key.unwrap_or(base.segments_per_key),
-        pre_generate_keys: raw.pre_generate_keys.unwrap_or(base.pre_generate_keys),
-        grace_period: secs(raw.grace_period_secs, base.grace_period),
-        lead_segments: raw.lead_segments.unwrap_or(base.lead_segments),
-        cdn_ttl: secs(raw.cdn_ttl_secs, base.cdn_ttl),
-        iv_mode,
-        encrypt_init_sections: raw.encrypt_init_sections.unwrap_or(base.encrypt_init_sections),
-    };
-    policy.checked().map_err(|source| ConfigError::Policy { stream: stream.to_owned(), source })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keys::IvMode;
 
     fn parse(text: &str) -> Result<Config, String> {
         let raw: RawConfig = toml::from_str(text).map_err(|error| error.to_string())?;
@@ -319,8 +199,9 @@ mod tests {
         assert_eq!(stream.policy, RawPolicy::default());
         assert_eq!(raw, RawConfig::default());
 
-        // Every key is there: those of the defaults, and no other.
-        let defaults = toml::Table::try_from(RawConfig::default()).unwrap();
+        // Every key is there: those of the defaults in their order, and no other. Lists of tables are in comments.
+        let mut defaults = toml::Table::try_from(RawConfig::default()).unwrap();
+        defaults["control"].as_table_mut().unwrap().remove("tokens");
         for (section, keys) in &defaults {
             let Some(keys) = keys.as_table() else { continue };
             let present = file[section].as_table().unwrap();
@@ -329,9 +210,22 @@ mod tests {
     }
 
     #[test]
-    fn unknown_keys_are_errors_with_their_line() {
-        let error = parse("[shield]\nlisten = \"127.0.0.1:1\"\nlisen = 1\n").unwrap_err();
-        assert!(error.contains("line 3") && error.contains("lisen"), "{error}");
+    fn what_the_shipped_file_has_in_comments_is_right_too() {
+        let shipped = include_str!("../../config/keyshield.toml");
+        let is_toml = |line: &str| {
+            let name = line.split(" = ").next().unwrap_or(line);
+            line.starts_with('[') || (line.contains(" = ") && !name.contains(' '))
+        };
+        let uncommented =
+            |line: &'static str| line.strip_prefix("# ").filter(|rest| is_toml(rest)).unwrap_or(line);
+        let text: Vec<_> = shipped.lines().map(uncommented).collect();
+        let config = parse(&text.join("\n")).unwrap();
+        assert_eq!(
+            (config.tokens[0].name.as_str(), config.tokens[0].role),
+            ("release-pipeline", Role::Operator)
+        );
+        assert_eq!(config.jwt.unwrap().audience, "keyshield");
+        assert_eq!(config.streams[0].policy.segments_per_key, 50);
     }
 
     #[test]
@@ -359,13 +253,15 @@ mod tests {
         let text = format!(
             "{ORIGIN}[policy]\nsegments_per_key = 50\ngrace_period_secs = 10\n\
              [[streams]]\nid = \"ch1\"\nplaylist_url = \"https://origin.example/a.m3u8\"\n\
-             [streams.policy]\nsegments_per_key = 20\nrotation_interval_minutes = 0\niv_mode = \"period\"\n"
+             [streams.policy]\nsegments_per_key = 20\nrotation_interval_minutes = 0\niv_mode = \"period\"\n\
+             emergency_rotation_enabled = false\nrevocation_transition_target_durations = 0\n"
         );
         let policy = &parse(&text).unwrap().streams[0].policy;
         assert_eq!(policy.segments_per_key, 20);
         assert_eq!(policy.grace_period, Duration::from_secs(10));
         assert_eq!(policy.rotation_interval, None);
         assert_eq!(policy.iv_mode, IvMode::Period);
+        assert_eq!((policy.emergency_rotation, policy.revocation_transition), (false, 0));
     }
 
     #[test]
@@ -378,6 +274,16 @@ mod tests {
             ("[segments]\nmax_filling = 9223372036854775807\n", "segments.max_filling"),
             ("[playlists]\nstale_if_error_secs = 99999999999\n", "playlists.stale_if_error_secs"),
             ("[upstream]\npool_size = 1000000000000\n", "upstream.pool_size"),
+            ("[store]\nmax_connections = 0\n", "store.max_connections"),
+            ("[store]\npoll_interval_millis = 20000\n", "store.poll_interval_millis"),
+            ("[store]\nlease_secs = 1\n", "store.lease_secs"),
+            ("[store]\ndatabase = \"mysql://db\"\n", "store.database"),
+            ("[policy]\niv_mode = \"x\"\n", "policy.iv_mode"),
+            ("[policy]\ngrace_period_secs = 99999999999\n", "policy.grace_period_secs"),
+            (
+                "[policy]\nrevocation_transition_target_durations = 101\n",
+                "policy.revocation_transition_target",
+            ),
             ("[keys]\nuri_base = \"keys\"\n", "keys.uri_base"),
             ("[keys]\nuri_base = \"/a\\\"b\"\n", "keys.uri_base"),
         ] {

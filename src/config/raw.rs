@@ -1,9 +1,14 @@
-//! What the configuration file says, before it is checked. Unknown keys are errors.
+//! What the layers say together, before it is checked.
+//!
+//! These types are also where the names of all keys come from: see `schema`. Texts that hold a secret are left
+//! out of `Debug`.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::secrets::{masked_hash, masked_url};
 use crate::keys::Policy;
 
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
@@ -66,11 +71,54 @@ impl Default for RawShield {
 #[serde(default, deny_unknown_fields)]
 pub struct RawControl {
     pub listen: String,
+    pub tokens: Vec<RawToken>,
+    pub jwt: Option<RawJwt>,
 }
 
 impl Default for RawControl {
     fn default() -> Self {
-        Self { listen: "127.0.0.1:8081".into() }
+        Self { listen: "127.0.0.1:8081".into(), tokens: Vec::new(), jwt: None }
+    }
+}
+
+#[derive(Clone, PartialEq, Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawToken {
+    pub name: String,
+    pub role: String,
+    pub sha256: String,
+}
+
+impl fmt::Debug for RawToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, role, sha256 } = self;
+        f.debug_struct("RawToken")
+            .field("name", name)
+            .field("role", role)
+            .field("sha256", &masked_hash(sha256))
+            .finish()
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawJwt {
+    pub jwks_file: Option<String>,
+    pub jwks_url: Option<String>,
+    pub issuer: String,
+    pub audience: String,
+    pub roles_claim: String,
+}
+
+impl Default for RawJwt {
+    fn default() -> Self {
+        Self {
+            jwks_file: None,
+            jwks_url: None,
+            issuer: String::new(),
+            audience: String::new(),
+            roles_claim: "roles".into(),
+        }
     }
 }
 
@@ -90,15 +138,35 @@ impl Default for RawLog {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[derive(Clone, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RawStore {
-    pub database: PathBuf,
+    pub database: String,
+    pub max_connections: u32,
+    pub poll_interval_millis: u64,
+    pub lease_secs: u64,
 }
 
 impl Default for RawStore {
     fn default() -> Self {
-        Self { database: "keyshield.db".into() }
+        Self {
+            database: "keyshield.db".into(),
+            max_connections: 8,
+            poll_interval_millis: 1_000,
+            lease_secs: 10,
+        }
+    }
+}
+
+impl fmt::Debug for RawStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { database, max_connections, poll_interval_millis, lease_secs } = self;
+        f.debug_struct("RawStore")
+            .field("database", &masked_url(database))
+            .field("max_connections", max_connections)
+            .field("poll_interval_millis", poll_interval_millis)
+            .field("lease_secs", lease_secs)
+            .finish()
     }
 }
 
@@ -200,6 +268,8 @@ pub struct RawPolicy {
     pub cdn_ttl_secs: Option<u64>,
     pub iv_mode: Option<String>,
     pub encrypt_init_sections: Option<bool>,
+    pub emergency_rotation_enabled: Option<bool>,
+    pub revocation_transition_target_durations: Option<u32>,
 }
 
 impl RawPolicy {
@@ -217,6 +287,8 @@ impl RawPolicy {
             cdn_ttl_secs: Some(policy.cdn_ttl.as_secs()),
             iv_mode: Some("segment".into()),
             encrypt_init_sections: Some(policy.encrypt_init_sections),
+            emergency_rotation_enabled: Some(policy.emergency_rotation),
+            revocation_transition_target_durations: Some(policy.revocation_transition),
         }
     }
 
@@ -232,6 +304,12 @@ impl RawPolicy {
             cdn_ttl_secs: self.cdn_ttl_secs.or(defaults.cdn_ttl_secs),
             iv_mode: self.iv_mode.clone().or_else(|| defaults.iv_mode.clone()),
             encrypt_init_sections: self.encrypt_init_sections.or(defaults.encrypt_init_sections),
+            emergency_rotation_enabled: self
+                .emergency_rotation_enabled
+                .or(defaults.emergency_rotation_enabled),
+            revocation_transition_target_durations: self
+                .revocation_transition_target_durations
+                .or(defaults.revocation_transition_target_durations),
         }
     }
 }

@@ -1,0 +1,59 @@
+//! What of a secret may be shown: enough to tell one from another, nothing to use.
+
+/// A URL without its password. Works on text that is no valid URL too: a password with a stray `/` or `#` is what
+/// makes it invalid, and the error about that must not show it.
+pub(super) fn masked_url(text: &str) -> String {
+    let Some((scheme, rest)) = text.split_once("://") else { return text.to_owned() };
+    let rest = match rest.rsplit_once('@') {
+        Some((user, place)) => match user.split_once(':') {
+            Some((name, _)) => format!("{name}:***@{place}"),
+            None => format!("{user}@{place}"),
+        },
+        None => rest.to_owned(),
+    };
+    let Some((place, query)) = rest.split_once('?') else { return format!("{scheme}://{rest}") };
+    let query: Vec<_> = query.split('&').map(masked_parameter).collect();
+    format!("{scheme}://{place}?{}", query.join("&"))
+}
+
+/// libpq takes a password among the parameters too.
+fn masked_parameter(parameter: &str) -> String {
+    match parameter.split_once('=') {
+        Some((name, _)) if name.to_ascii_lowercase().contains("password") => format!("{name}=***"),
+        _ => parameter.to_owned(),
+    }
+}
+
+/// The first eight digits of a hash.
+pub(super) fn masked_hash(text: &str) -> String {
+    format!("{}…", text.chars().take(8).collect::<String>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn passwords_are_masked_wherever_they_stand() {
+        for (text, shown) in [
+            ("keyshield.db", "keyshield.db"),
+            ("postgres://user:secret@db.example/keys", "postgres://user:***@db.example/keys"),
+            (
+                "postgresql://user:secret@db:5432/keys?sslmode=require",
+                "postgresql://user:***@db:5432/keys?sslmode=require",
+            ),
+            ("postgres://user@db/keys", "postgres://user@db/keys"),
+            ("postgres://db/keys", "postgres://db/keys"),
+            ("postgres:///keys?host=/run&password=secret", "postgres:///keys?host=/run&password=***"),
+            ("postgres://user:sec/r?e#t@db/keys", "postgres://user:***@db/keys"),
+            ("postgres://user:sec@ret@db/keys", "postgres://user:***@db/keys"),
+        ] {
+            assert_eq!(masked_url(text), shown);
+        }
+    }
+
+    #[test]
+    fn a_hash_is_cut_to_its_beginning() {
+        assert_eq!(masked_hash(&"0123456789abcdef".repeat(4)), "01234567…");
+    }
+}
