@@ -1,0 +1,64 @@
+//! Names that stand in requests and in answers alike.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::keys::{IvMode, KeyMethod};
+
+/// AES-256 is an extension that hls.js and Shaka Player understand.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+#[schema(as = KeyMethod)]
+pub(in crate::control) enum Method {
+    #[serde(rename = "AES-128")]
+    Aes128,
+    #[serde(rename = "AES-256")]
+    Aes256,
+}
+
+impl From<KeyMethod> for Method {
+    fn from(method: KeyMethod) -> Self {
+        match method {
+            KeyMethod::Aes128 => Method::Aes128,
+            KeyMethod::Aes256 => Method::Aes256,
+        }
+    }
+}
+
+impl From<Method> for KeyMethod {
+    fn from(method: Method) -> Self {
+        match method {
+            Method::Aes128 => KeyMethod::Aes128,
+            Method::Aes256 => KeyMethod::Aes256,
+        }
+    }
+}
+
+/// An IV of its own for each segment, one for each key, or the Media Sequence Number.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[schema(as = IvMode)]
+pub(in crate::control) enum IvModeName {
+    Segment,
+    Period,
+    Sequence,
+}
+
+impl From<IvMode> for IvModeName {
+    fn from(mode: IvMode) -> Self {
+        match mode {
+            IvMode::Segment => IvModeName::Segment,
+            IvMode::Period => IvModeName::Period,
+            IvMode::Sequence => IvModeName::Sequence,
+        }
+    }
+}
+
+impl From<IvModeName> for IvMode {
+    fn from(mode: IvModeName) -> Self {
+        match mode {
+            IvModeName::Segment => IvMode::Segment,
+            IvModeName::Period => IvMode::Period,
+            IvModeName::Sequence => IvMode::Sequence,
+        }
+    }
+}
