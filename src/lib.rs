@@ -7,8 +7,9 @@
 //! ```
 //!
 //! Pure rooms (no clock, no randomness, no files, no sockets, no async): `keys`, `cipher`, `hls`.
-//! `clock` and `entropy` are the two files that ask the outside for time and random bytes; `telemetry` is at
-//! everyone's service above the pure rooms, and `config` is read by `app` alone.
+//! `clock` and `entropy` are the two files that ask the outside for time and random bytes, `fault` is where tests
+//! kill the process; `telemetry` is at everyone's service above the pure rooms, and `config` is read by `app`
+//! alone.
 
 #![warn(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
 
@@ -20,6 +21,7 @@ pub mod control;
 pub mod demo;
 pub mod engine;
 pub mod entropy;
+pub mod fault;
 pub mod hls;
 pub mod keys;
 pub mod kms;

@@ -7,10 +7,12 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use keyshield::app::remote::{self, KeysCommand, RemoteArgs, StreamsCommand};
 use keyshield::app::{self, DemoOptions, RewriteOptions};
-use keyshield::config::{Config, ConfigError, Environment};
+use keyshield::config::{Config, ConfigError, Effective, Environment, Setting};
+use keyshield::control::Role;
 use keyshield::keys::{IvMode, KeyMethod, Policy, PolicyError};
-use keyshield::telemetry::LogFormat;
+use zeroize::Zeroizing;
 
 const EXAMPLES: &str = "Examples:
   keyshield demo
@@ -34,16 +36,20 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run the shield
-    #[command(after_help = "Example:\n  keyshield serve --config /etc/keyshield/keyshield.toml")]
+    #[command(
+        after_help = "Examples:\n  keyshield serve --config /etc/keyshield/keyshield.toml\n  keyshield serve --config keyshield.toml --listen 127.0.0.1:9000 --set policy.segments_per_key=50\n\nFlags go over the environment (KEYSHIELD_SHIELD_LISTEN for shield.listen, and so on), that over the file."
+    )]
     Serve(ConfigArgs),
     /// Run the shield on a sample live stream, origin included
     #[command(
-        after_help = "Examples:\n  keyshield demo\n  MAX_SEGMENTS_PER_KEY=3 keyshield demo --listen 127.0.0.1:9000"
+        after_help = "Examples:\n  keyshield demo\n  MAX_SEGMENTS_PER_KEY=3 keyshield demo --listen 127.0.0.1:9000\n\nWithout flags and variables it listens on 127.0.0.1:8080 for players and on 127.0.0.1:8081 for operators."
     )]
     Demo(DemoArgs),
     /// Check a configuration and show what it comes to
-    #[command(after_help = "Example:\n  keyshield check --config keyshield.toml")]
-    Check(ConfigArgs),
+    #[command(
+        after_help = "Examples:\n  keyshield check --config keyshield.toml\n  KEYSHIELD_LOG_FORMAT=json keyshield check --config keyshield.toml --json"
+    )]
+    Check(CheckArgs),
     /// Say what a playlist is: its renditions, keys and problems
     #[command(after_help = "Example:\n  keyshield inspect --json http://127.0.0.1:8080/demo/master.m3u8")]
     Inspect(InspectArgs),
@@ -59,23 +65,76 @@ enum Command {
         #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8081")]
         control: String,
     },
+    /// Streams of a running shield, by its control API
+    #[command(
+        after_help = "Examples:\n  keyshield streams list\n  keyshield streams show ch1 --json\n\nThe token comes from KEYSHIELD_TOKEN, the address from --control or KEYSHIELD_CONTROL."
+    )]
+    Streams {
+        #[command(flatten)]
+        remote: RemoteArgs,
+        #[command(subcommand)]
+        command: StreamsCommand,
+    },
+    /// Keys of a running shield's streams, by its control API
+    #[command(
+        after_help = "Examples:\n  keyshield keys list ch1\n  keyshield keys rotate ch1\n  keyshield keys revoke ch1 --reason \"key found on a forum\""
+    )]
+    Keys {
+        #[command(flatten)]
+        remote: RemoteArgs,
+        #[command(subcommand)]
+        command: KeysCommand,
+    },
+    /// Make a token for the control API, and the entry of the configuration that lets it in
+    #[command(after_help = "Example:\n  keyshield token --name ci --role operator")]
+    Token {
+        /// Whose it is: named in logs and in the history of keys
+        #[arg(long, value_name = "NAME", value_parser = token_name)]
+        name: String,
+        /// admin, operator, security, auditor or viewer
+        #[arg(long, value_name = "ROLE")]
+        role: Role,
+    },
 }
 
 #[derive(Args)]
 struct ConfigArgs {
     /// The configuration file
     #[arg(long, value_name = "FILE")]
-    config: PathBuf,
+    config: Option<PathBuf>,
+    /// A value for any key (repeat for more); lists as in TOML or JSON
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE", value_parser = setting)]
+    settings: Vec<Setting>,
+    #[command(flatten)]
+    listeners: ListenArgs,
+    /// An SQLite file, or a postgres:// URL (one with a password is better put into KEYSHIELD_STORE_DATABASE)
+    #[arg(long, value_name = "FILE|URL")]
+    database: Option<String>,
+}
+
+#[derive(Args)]
+struct ListenArgs {
+    /// Where players connect
+    #[arg(long, value_name = "IP:PORT")]
+    listen: Option<SocketAddr>,
+    /// Where operators connect: health and metrics
+    #[arg(long, value_name = "IP:PORT")]
+    control_listen: Option<SocketAddr>,
+}
+
+#[derive(Args)]
+struct CheckArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
 struct DemoArgs {
-    /// Where players connect
-    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:8080")]
-    listen: SocketAddr,
-    /// Where health and metrics are
-    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:8081")]
-    control_listen: SocketAddr,
+    #[command(flatten)]
+    listeners: ListenArgs,
     /// Where the sample origin serves the stream in clear
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:8082")]
     origin_listen: SocketAddr,
@@ -83,11 +142,14 @@ struct DemoArgs {
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
     /// How log lines look: human or json
-    #[arg(long, value_name = "FORMAT", default_value = "human")]
-    log_format: LogFormat,
+    #[arg(long, value_name = "FORMAT")]
+    log_format: Option<String>,
     /// Which log lines are shown: a level or target=level,…
-    #[arg(long, value_name = "FILTER", default_value = "warn,pingora_core::connectors=off")]
-    log: String,
+    #[arg(long, value_name = "FILTER")]
+    log: Option<String>,
+    /// The control API's admin token; a fresh one is made otherwise
+    #[arg(long, value_name = "TOKEN", env = "KEYSHIELD_DEMO_TOKEN", hide_env_values = true, value_parser = demo_token)]
+    token: Option<Zeroizing<String>>,
 }
 
 #[derive(Args)]
@@ -129,6 +191,54 @@ struct RewriteArgs {
     encrypt_init_sections: bool,
 }
 
+impl ConfigArgs {
+    fn load(self, environment: &Environment) -> Result<Effective, ConfigError> {
+        let mut settings = self.settings;
+        settings.extend(self.listeners.settings());
+        settings.extend(given("--database", "store.database", self.database));
+        Config::load(self.config.as_deref(), environment, &settings)
+    }
+}
+
+impl ListenArgs {
+    fn settings(&self) -> impl Iterator<Item = Setting> + use<> {
+        let listen = given("--listen", "shield.listen", self.listen);
+        listen.into_iter().chain(given("--control-listen", "control.listen", self.control_listen))
+    }
+}
+
+impl DemoArgs {
+    fn options(self) -> DemoOptions {
+        let mut settings: Vec<_> = self.listeners.settings().collect();
+        settings.extend(given("--log-format", "log.format", self.log_format));
+        settings.extend(given("--log", "log.filter", self.log));
+        DemoOptions { origin_listen: self.origin_listen, data: self.data, token: self.token, settings }
+    }
+}
+
+/// What a flag says about a key, if it is given.
+fn given(flag: &'static str, key: &str, value: Option<impl ToString>) -> Option<Setting> {
+    value.map(|value| Setting { flag, key: key.to_owned(), value: value.to_string() })
+}
+
+fn setting(text: &str) -> Result<Setting, &'static str> {
+    let (key, value) = text.split_once('=').ok_or("must be SECTION.KEY=VALUE")?;
+    Ok(Setting { flag: "--set", key: key.trim().to_owned(), value: value.to_owned() })
+}
+
+/// What can stand in the configuration and in logs as it is.
+fn token_name(text: &str) -> Result<String, &'static str> {
+    let legal = |c: char| c.is_ascii_alphanumeric() || "._@-".contains(c);
+    let is_name = (1..=64).contains(&text.len()) && text.chars().all(legal);
+    if is_name { Ok(text.to_owned()) } else { Err("must be 1 to 64 of the characters A-Z a-z 0-9 . _ @ -") }
+}
+
+/// What a header takes.
+fn demo_token(text: &str) -> Result<Zeroizing<String>, &'static str> {
+    let legal = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
+    if legal { Ok(Zeroizing::new(text.to_owned())) } else { Err("must be printable ASCII without spaces") }
+}
+
 fn key_method(text: &str) -> Result<KeyMethod, &'static str> {
     KeyMethod::from_name(text).ok_or("must be AES-128 or AES-256")
 }
@@ -153,19 +263,12 @@ fn main() -> ExitCode {
 fn run(command: Command) -> anyhow::Result<()> {
     let environment = Environment::of_process();
     match command {
-        Command::Serve(args) => app::serve(&Config::load(&args.config, &environment)?, &environment),
-        Command::Check(args) => print(&app::check(&Config::load(&args.config, &environment)?)),
-        Command::Demo(args) => {
-            let options = DemoOptions {
-                listen: args.listen,
-                control_listen: args.control_listen,
-                origin_listen: args.origin_listen,
-                data: args.data,
-                log_format: args.log_format,
-                log_filter: args.log,
-            };
-            app::demo(&options, &environment)
+        Command::Serve(args) => app::serve(&args.load(&environment)?.config, &environment),
+        Command::Check(CheckArgs { config, json }) => {
+            let effective = config.load(&environment)?;
+            print(&if json { app::check_json(&effective)? } else { app::check(&effective, &environment) })
         }
+        Command::Demo(args) => app::demo(&args.options(), &environment),
         Command::Inspect(args) => {
             let inspection = block_on(app::inspect(&args.url))??;
             if args.json {
@@ -192,6 +295,9 @@ fn run(command: Command) -> anyhow::Result<()> {
             };
             print(&app::rewrite(&input, &options)?)
         }
+        Command::Streams { remote, command } => print(&block_on(remote::streams(&remote, &command))??),
+        Command::Keys { remote, command } => print(&block_on(remote::keys(&remote, &command))??),
+        Command::Token { name, role } => print(&app::token(&name, role)),
         Command::Health { control } => print(&format!("{}\n", block_on(app::health(&control))??)),
     }
 }

@@ -2,10 +2,45 @@
 
 use std::fmt::Write;
 
-use crate::config::Config;
+use serde_json::json;
 
-/// The checked configuration in a few lines: listeners, origins, streams with their rules.
-pub fn check(config: &Config) -> String {
+use crate::config::{Config, Effective, EffectiveValue, Environment, JwksSource};
+
+/// Longer lines do not push the column of sources to the right.
+const LONGEST_ALIGNED: usize = 60;
+
+/// What the configuration comes to: a summary, then every value with the place that it came from.
+pub fn check(effective: &Effective, environment: &Environment) -> String {
+    let mut out = summary(&effective.config);
+    for name in environment.ignored() {
+        // Writing to memory does not fail.
+        let _ = writeln!(out, "note: {name} is set, but this version does not honour it");
+    }
+    out.push_str("the configuration is right\n\n");
+    out.push_str(&values(&effective.values));
+    out
+}
+
+/// The same for programs.
+pub fn check_json(effective: &Effective) -> anyhow::Result<String> {
+    let values = effective.values.iter().map(|EffectiveValue { key, value, source }| {
+        Ok(json!({ "key": key, "value": serde_json::to_value(value)?, "source": source.to_string() }))
+    });
+    let values = values.collect::<Result<Vec<_>, serde_json::Error>>()?;
+    Ok(format!("{}\n", serde_json::to_string_pretty(&json!({ "valid": true, "values": values }))?))
+}
+
+/// A line for each value, sources below one another.
+fn values(values: &[EffectiveValue]) -> String {
+    let lines: Vec<_> = values.iter().map(|value| format!("{} = {}", value.key, value.value)).collect();
+    let lengths = lines.iter().map(|line| line.chars().count());
+    let width = lengths.filter(|length| *length <= LONGEST_ALIGNED).max().unwrap_or(0);
+    let sources = values.iter().map(|value| &value.source);
+    lines.iter().zip(sources).map(|(line, source)| format!("{line:width$}   # {source}\n")).collect()
+}
+
+/// Listeners, access, origins, streams with their rules.
+fn summary(config: &Config) -> String {
     let mut out = String::new();
     let mut line = |text: std::fmt::Arguments<'_>| {
         // Writing to memory does not fail.
@@ -13,8 +48,18 @@ pub fn check(config: &Config) -> String {
     };
     line(format_args!("players     {}", config.listen));
     line(format_args!("operators   {}", config.control_listen));
-    line(format_args!("database    {}", config.database.display()));
+    line(format_args!("database    {}", config.database));
     line(format_args!("master key  {}", config.master_key_file.display()));
+    for token in &config.tokens {
+        line(format_args!("token       {}: {}", token.name, token.role.name()));
+    }
+    if let Some(jwt) = &config.jwt {
+        let keys = match &jwt.jwks {
+            JwksSource::File(path) => path.display().to_string(),
+            JwksSource::Url(url) => url.clone(),
+        };
+        line(format_args!("tokens of   {} for {}, keys in {keys}", jwt.issuer, jwt.audience));
+    }
     for mount in config.mounts.iter() {
         let urls: Vec<_> = mount.bases().iter().map(ToString::to_string).collect();
         let mode = if mount.pass_through { ", the rest passed through in clear" } else { "" };
@@ -40,6 +85,5 @@ pub fn check(config: &Config) -> String {
             policy.pre_generate_keys,
         ));
     }
-    out.push_str("the configuration is right\n");
     out
 }

@@ -2,38 +2,38 @@
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
+use zeroize::Zeroizing;
 
 use super::servers::{Extras, bind, run};
 use crate::clock::Clock;
-use crate::config::{Config, Environment, RawConfig, RawOrigin, RawStream};
+use crate::config::{Config, Environment, Layers, RawConfig, RawOrigin, RawStream, Setting};
+use crate::control::{AccessSettings, AccessToken, Role, hash_token, new_token};
 use crate::demo::router;
 use crate::engine::{Engine, Rotation};
-use crate::telemetry::{LogFormat, init_logs};
+use crate::telemetry::init_logs;
 
 /// Segments per key in the demo: at 2 seconds each, a new key every 10 seconds.
 const SEGMENTS_PER_KEY: u32 = 5;
 const STREAM: &str = "demo";
 
-/// Where the demo listens and keeps its state.
-#[derive(Debug, Clone)]
+/// Where the demo listens for its origin and keeps its state, and what goes over its configuration.
+#[derive(Clone)]
 pub struct DemoOptions {
-    pub listen: SocketAddr,
-    pub control_listen: SocketAddr,
     pub origin_listen: SocketAddr,
     /// `None`: a folder that is removed at the end.
     pub data: Option<PathBuf>,
-    pub log_format: LogFormat,
-    pub log_filter: String,
+    /// Of the control API's admin. `None`: a fresh one.
+    pub token: Option<Zeroizing<String>>,
+    pub settings: Vec<Setting>,
 }
 
 /// Runs the demo until Ctrl-C.
 pub fn demo(options: &DemoOptions, environment: &Environment) -> anyhow::Result<()> {
-    init_logs(options.log_format, &options.log_filter)?;
     let origin = bind("the sample origin", options.origin_listen)?;
     // Removed when it goes out of scope, at the end of this function.
     let temporary = match &options.data {
@@ -47,13 +47,16 @@ pub fn demo(options: &DemoOptions, environment: &Environment) -> anyhow::Result<
     };
     std::fs::create_dir_all(&data).with_context(|| format!("cannot make the folder {}", data.display()))?;
 
-    let config = config(options, environment, data)?;
-    announce(options, environment)?;
+    let config = config(options, environment, &data)?;
+    init_logs(config.log_format, &config.log_filter)?;
+    let token = options.token.clone().unwrap_or_else(new_token);
+    announce(&config, options.origin_listen, environment, &token)?;
     let clock = Clock::System;
     let now_millis = move || u64::try_from(clock.now().as_unix_millis()).unwrap_or(0);
     run(
         &config,
         Extras {
+            access: admin_by(&token),
             origin: Some((origin, router(now_millis))),
             when_ready: Box::new(|engine: &Engine| {
                 tokio::spawn(tell_rotations(engine.rotations()));
@@ -64,9 +67,14 @@ pub fn demo(options: &DemoOptions, environment: &Environment) -> anyhow::Result<
     Ok(())
 }
 
-fn config(options: &DemoOptions, environment: &Environment, data: PathBuf) -> anyhow::Result<Config> {
+/// The demo's own defaults, then the environment, then the flags.
+fn config(options: &DemoOptions, environment: &Environment, data: &Path) -> anyhow::Result<Config> {
     let origin_url = format!("http://{}", options.origin_listen);
-    let mut raw = RawConfig {
+    let in_data = |name: &str| {
+        let path = data.join(name).into_os_string().into_string();
+        path.map_err(|path| anyhow!("{} is not Unicode", path.display()))
+    };
+    let mut defaults = RawConfig {
         origins: vec![RawOrigin {
             name: "sample".into(),
             urls: vec![origin_url.clone()],
@@ -79,18 +87,37 @@ fn config(options: &DemoOptions, environment: &Environment, data: PathBuf) -> an
         }],
         ..RawConfig::default()
     };
-    raw.shield.listen = options.listen.to_string();
-    raw.control.listen = options.control_listen.to_string();
-    raw.store.database = data.join("keyshield.db");
-    raw.kms.master_key_file = data.join("keyshield.master");
-    raw.shield.shutdown_grace_secs = 0;
-    raw.policy.segments_per_key = Some(SEGMENTS_PER_KEY);
-    environment.apply(&mut raw)?;
-    Ok(Config::checked(&raw)?)
+    defaults.shield.listen = "127.0.0.1:8080".into();
+    defaults.shield.shutdown_grace_secs = 0;
+    defaults.log.filter = "warn,pingora_core::connectors=off".into();
+    defaults.store.database = in_data("keyshield.db")?;
+    defaults.kms.master_key_file = in_data("keyshield.master")?.into();
+    defaults.policy.segments_per_key = Some(SEGMENTS_PER_KEY);
+
+    let mut settings = options.settings.clone();
+    if options.data.is_some() {
+        for (key, name) in [("store.database", "keyshield.db"), ("kms.master_key_file", "keyshield.master")] {
+            settings.push(Setting { flag: "--data", key: key.into(), value: in_data(name)? });
+        }
+    }
+    let mut layers = Layers::over(&defaults);
+    layers.environment(environment)?;
+    layers.flags(&settings)?;
+    Ok(layers.finish()?.config)
 }
 
-fn announce(options: &DemoOptions, environment: &Environment) -> io::Result<()> {
-    let DemoOptions { listen, control_listen, origin_listen, .. } = options;
+fn admin_by(token: &str) -> AccessSettings {
+    let admin = AccessToken { name: STREAM.into(), role: Role::Admin, sha256: hash_token(token) };
+    AccessSettings { tokens: vec![admin], ..AccessSettings::default() }
+}
+
+fn announce(
+    config: &Config,
+    origin_listen: SocketAddr,
+    environment: &Environment,
+    token: &str,
+) -> io::Result<()> {
+    let Config { listen, control_listen, .. } = config;
     let mut out = io::stdout().lock();
     for name in environment.ignored() {
         writeln!(out, "note: {name} is set, but this version does not honour it")?;
@@ -99,6 +126,12 @@ fn announce(options: &DemoOptions, environment: &Environment) -> io::Result<()> 
     writeln!(out, "in clear    http://{origin_listen}/demo/master.m3u8")?;
     writeln!(out, "health      http://{control_listen}/api/hls/health")?;
     writeln!(out, "metrics     http://{control_listen}/metrics")?;
+    writeln!(out, "token       {token}")?;
+    writeln!(
+        out,
+        "new key     curl -X POST -H 'Authorization: Bearer {token}' \
+         http://{control_listen}/api/hls/streams/{STREAM}/rotate"
+    )?;
     writeln!(out, "Rotations follow as players ask for playlists. Ctrl-C ends the demo.")?;
     out.flush()
 }

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 
 use crate::entropy;
 use crate::hls::{
-    BaseUrl, Kind, MediaRewrite, Mount, Mounts, OriginPath, PeriodKey, Playlist, rewrite_media,
+    BaseUrl, CipherKey, Kind, MediaRewrite, Mount, Mounts, OriginPath, PeriodKey, Playlist, rewrite_media,
     rewrite_multivariant,
 };
 use crate::keys::{
@@ -75,17 +75,19 @@ fn media(
             policy: &options.policy,
             marks: Marks { head: Ordinal::FIRST, forced: Ordinal::FIRST },
             siblings: &[],
-            is_destroyed: &|_| false,
+            state_of: &|_| None,
+            is_idle: false,
         },
     );
-    let schedule = Schedule::from_rows(planned.into_iter().map(|(boundary, _)| boundary).collect());
+    let schedule = Schedule::from_rows(0, planned.into_iter().map(|(boundary, _)| boundary).collect());
     let keys = SampleKeys::new(options.seed);
     let by_ordinal: BTreeMap<_, _> =
         schedule.boundaries().iter().map(|b| (b.ordinal, keys.key(b.ordinal))).collect();
     let policy = &options.policy;
     let key_at = |msn: MediaSequenceNumber| {
         let (id, link) = by_ordinal.get(&schedule.ordinal_at(msn)?)?;
-        Some(PeriodKey { id: *id, method: policy.key_method, iv_mode: policy.iv_mode, link })
+        let cipher = CipherKey { id: *id, method: policy.key_method, iv_mode: policy.iv_mode, link };
+        Some(PeriodKey { signer: (*id, link), cipher, successor: None })
     };
     let (dek, clear_link) = keys.clear_init();
     let rewritten = rewrite_media(

@@ -2,13 +2,16 @@
 //!
 //! Listeners are bound before anything else starts, so that a taken port is one clear line and not a panic
 //! in a thread. The control plane owns the engine's worker and with it the store: both live in its runtime.
-//! The data plane starts when keys are loaded; until then its connections wait in the backlog.
+//! It answers from the start, so that health can say that keys are being loaded; the data plane starts when they
+//! are, and until then its connections wait in the backlog.
 
 use std::fs::{File, TryLockError};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::IntoRawFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::pin::pin;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use async_trait::async_trait;
@@ -24,25 +27,33 @@ use pingora::services::{ServiceReadyNotifier, ServiceWithDependents};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
+use super::access::access;
+use super::probe::UpstreamProbe;
 use crate::clock::Clock;
-use crate::config::Config;
-use crate::control;
-use crate::engine::{Engine, StreamSettings, Worker, WorkerSeat};
+use crate::config::{Config, Database};
+use crate::control::{self, Access, AccessSettings, ControlParts, OperatorSlot};
+use crate::engine::{Engine, Fleet, Parting, StreamSpec, Worker, WorkerSeat};
+use crate::entropy;
 use crate::kms::LocalKms;
 use crate::shield::upstream::{Timeouts, Upstream};
 use crate::shield::{self, Shield, ShieldSettings};
-use crate::store::Store;
+use crate::store::{Location, Store};
 use crate::telemetry::Metrics;
 
-/// What a command adds to the servers: an origin of its own, and something to do when keys are loaded.
+/// How long a store that is away may hold up the end of the process.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What a command adds to the servers: an origin of its own, who may call the control API, and something to do
+/// when keys are loaded.
 pub(super) struct Extras {
+    pub(super) access: AccessSettings,
     pub(super) origin: Option<(TcpListener, Router)>,
     pub(super) when_ready: Box<dyn FnOnce(&Engine) + Send + Sync>,
 }
 
 impl Default for Extras {
     fn default() -> Self {
-        Self { origin: None, when_ready: Box::new(|_| {}) }
+        Self { access: AccessSettings::default(), origin: None, when_ready: Box::new(|_| {}) }
     }
 }
 
@@ -59,9 +70,12 @@ pub(super) fn run(config: &Config, extras: Extras) -> anyhow::Result<()> {
     let data_listener = bind("players", config.listen)?;
     let control_listener = bind("operators", config.control_listen)?;
     // Until the last thread has ended.
-    let _lock = lock(&config.database)?;
+    let _lock = match &config.database {
+        Database::Sqlite(path) => Some(lock(path)?),
+        Database::Postgres(_) => None,
+    };
     let metrics = Metrics::new();
-    let (engine, seat) = Engine::new(streams(config), Clock::System, metrics.clone());
+    let (engine, seat) = Engine::new(Clock::System, metrics.clone());
     let failure = Arc::new(Failure::default());
 
     let conf = ServerConf {
@@ -81,13 +95,25 @@ pub(super) fn run(config: &Config, extras: Extras) -> anyhow::Result<()> {
     let data_plane =
         server.add_service(Prebound { service: data_plane, address, listener: Some(data_listener) });
 
+    let (operator, parting) = (OperatorSlot::default(), Arc::new(OnceLock::new()));
+    let parts = ControlParts {
+        engine: engine.clone(),
+        operator: operator.clone(),
+        metrics: metrics.clone(),
+        mounts: config.mounts.clone(),
+        default_policy: config.policy.clone(),
+        access: Access::new(access(config, extras.access))?,
+        probe: Arc::new(UpstreamProbe::new(upstream(config, metrics), config)),
+    };
     let start = ControlStart {
         config: config.clone(),
         listener: control_listener,
-        router: control::router(engine.clone(), metrics),
+        router: control::router(parts),
+        operator,
         engine,
         seat,
         when_ready: extras.when_ready,
+        parting: Arc::clone(&parting),
     };
     let control_plane = ControlPlane { start: Mutex::new(Some(start)), failure: Arc::clone(&failure) };
     let control_plane = server.add_service(background_service("control plane", control_plane));
@@ -100,11 +126,16 @@ pub(super) fn run(config: &Config, extras: Extras) -> anyhow::Result<()> {
 
     server.bootstrap();
     server.run(RunArgs { shutdown_signal: Box::new(Stop { failure: Arc::clone(&failure) }) });
+    if let Some(parting) = parting.get()
+        && let Err(error) = say_goodbye(config, parting)
+    {
+        tracing::warn!(%error, "this node could not say that it ends");
+    }
     failure.error.lock().take().map_or(Ok(()), Err)
 }
 
-/// One process a database: another one would rotate and destroy keys behind this one's back. The lock goes with
-/// the process, however that ends.
+/// One process a file: so its lease is this process's at once, also after a kill, and no change comes from
+/// elsewhere. The lock goes with the process, however that ends.
 fn lock(database: &Path) -> anyhow::Result<File> {
     // By whatever name it is called, it is one database.
     let mut path = database.canonicalize().unwrap_or_else(|_| database.to_owned()).into_os_string();
@@ -121,14 +152,19 @@ fn lock(database: &Path) -> anyhow::Result<File> {
     }
 }
 
-fn streams(config: &Config) -> Vec<StreamSettings> {
-    let settings = |stream: &crate::config::StreamConfig| StreamSettings {
+fn streams(config: &Config) -> Vec<StreamSpec> {
+    let spec = |stream: &crate::config::StreamConfig| StreamSpec {
         id: stream.id.clone(),
+        playlist_url: stream.playlist_url.clone(),
         origin: stream.origin.clone(),
         prefix: stream.prefix.clone(),
+        playlist_path: stream.playlist_path.clone(),
+        cdn_endpoints: Vec::new(),
+        // As where a call begins one and says nothing.
+        cdn_sync_enabled: true,
         policy: stream.policy.clone(),
     };
-    config.streams.iter().map(settings).collect()
+    config.streams.iter().map(spec).collect()
 }
 
 fn data_plane(config: &Config, engine: &Engine, metrics: Metrics) -> Shield {
@@ -147,10 +183,15 @@ fn data_plane(config: &Config, engine: &Engine, metrics: Metrics) -> Shield {
         flow_cache_bytes: config.segment_cache_bytes,
         max_filling_flows: config.max_filling_segments,
     };
+    let upstream = upstream(config, metrics.clone());
+    Shield::new(settings, engine.clone(), upstream, Clock::System, metrics)
+}
+
+/// One for each runtime: its connections belong to it.
+fn upstream(config: &Config, metrics: Metrics) -> Upstream {
     let timeouts =
         Timeouts { connect: config.connect_timeout, read: config.read_timeout, idle: config.idle_timeout };
-    let upstream = Upstream::new(timeouts, config.pool_size, config.ca_file.clone(), metrics.clone());
-    Shield::new(settings, engine.clone(), upstream, Clock::System, metrics)
+    Upstream::new(timeouts, config.pool_size, config.ca_file.clone(), metrics)
 }
 
 /// The first error that ends the process.
@@ -227,9 +268,11 @@ struct ControlStart {
     config: Config,
     listener: TcpListener,
     router: Router,
+    operator: OperatorSlot,
     engine: Engine,
     seat: WorkerSeat,
     when_ready: Box<dyn FnOnce(&Engine) + Send + Sync>,
+    parting: Arc<OnceLock<Parting>>,
 }
 
 struct ControlPlane {
@@ -247,22 +290,28 @@ impl BackgroundService for ControlPlane {
 
 impl ControlStart {
     async fn run(self, shutdown: ShutdownWatch, ready: ServiceReadyNotifier) -> anyhow::Result<()> {
-        let store = Store::open(&self.config.database).await?;
-        let kms = LocalKms::open(&self.config.master_key_file)?;
-        let worker = Worker::load(self.seat, store, &kms).await?;
-        let mut work = tokio::spawn(worker.run(self.config.sweep_interval));
+        let Self { config, listener, router, operator, engine, seat, when_ready, parting } = self;
+        let mut serving = pin!(serve_until(listener, router, shutdown));
+        let worker = tokio::select! {
+            served = &mut serving => return served,
+            loaded = load(&config, seat) => loaded?,
+        };
+        operator.fill(worker.operator());
+        // This runs once.
+        let _ = parting.set(worker.parting());
+        let mut work = tokio::spawn(worker.run());
         tracing::info!(
-            players = %self.config.listen,
-            operators = %self.config.control_listen,
-            streams = self.config.streams.len(),
+            players = %config.listen,
+            operators = %config.control_listen,
+            streams = config.streams.len(),
             "keyshield is ready"
         );
-        (self.when_ready)(&self.engine);
+        when_ready(&engine);
         // From here on the engine lives in the data plane and the routes.
-        drop(self.engine);
+        drop(engine);
         ready.notify_ready();
         let served = tokio::select! {
-            served = serve_until(self.listener, self.router, shutdown) => served,
+            served = &mut serving => served,
             _ = &mut work => Err(anyhow!("the engine stopped working; this is a defect, see the log")),
         };
         served?;
@@ -270,6 +319,41 @@ impl ControlStart {
         let _ = work.await;
         Ok(())
     }
+}
+
+/// Opens the store and the KMS, and loads every stream.
+async fn load(config: &Config, seat: WorkerSeat) -> anyhow::Result<Worker> {
+    let store = Store::open(&location(config), config.store_max_connections).await?;
+    let kms = LocalKms::open(&config.master_key_file)?;
+    let fleet = Fleet {
+        node: hex::encode(&entropy::random::<8>()[..]),
+        // The lock on the file says so.
+        is_alone: matches!(config.database, Database::Sqlite(_)),
+        poll_interval: config.store_poll_interval,
+        sweep_interval: config.sweep_interval,
+        lease: config.store_lease,
+    };
+    Ok(Worker::load(seat, store, kms, fleet, streams(config)).await?)
+}
+
+fn location(config: &Config) -> Location {
+    match &config.database {
+        Database::Sqlite(path) => Location::Sqlite(path.clone()),
+        Database::Postgres(url) => Location::Postgres(url.clone()),
+    }
+}
+
+/// Tells the store what was served last, and that this node is gone. Over a connection of its own: the runtimes, and
+/// with them the worker's connections, have ended, and nothing is served that could be told later.
+fn say_goodbye(config: &Config, parting: &Parting) -> anyhow::Result<()> {
+    let goodbye = async {
+        let store = Store::open(&location(config), 1).await?;
+        parting.say_goodbye(&store).await?;
+        store.close().await;
+        Ok(())
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async { tokio::time::timeout(GOODBYE_TIMEOUT, goodbye).await })?
 }
 
 struct SampleOrigin {

@@ -22,9 +22,13 @@ pub struct Metrics {
     pub stale_playlists: IntCounter,
     pub plaintext_bytes: IntCounter,
     pub promotions: IntCounterVec,
+    /// Data encryption keys wrapped and unwrapped by the KMS, by `operation`.
+    pub kms_calls: IntCounterVec,
     pub keys: IntGaugeVec,
     pub streams: IntGauge,
     pub overdue_rotations: IntGauge,
+    pub store_up: IntGauge,
+    pub lease_held: IntGauge,
     pub sweep_seconds: Histogram,
     pub sweep_errors: IntCounter,
 }
@@ -78,6 +82,7 @@ impl Metrics {
                 "Content keys promoted, by reason: start, count, promotion, reset.",
                 &["reason"],
             ),
+            kms_calls: counters("keyshield_kms_calls_total", "Calls of the KMS.", &["operation"]),
             keys: register(
                 &registry,
                 IntGaugeVec::new(
@@ -90,6 +95,8 @@ impl Metrics {
                 "keyshield_overdue_rotations",
                 "Streams whose newest key is older than it should be.",
             ),
+            store_up: gauge("keyshield_store_up", "Whether the store answers: 1 or 0."),
+            lease_held: gauge("keyshield_lease_held", "Whether this node is the one that sweeps: 1 or 0."),
             sweep_seconds: register(
                 &registry,
                 Histogram::with_opts(HistogramOpts::new(
