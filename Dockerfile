@@ -10,6 +10,8 @@ RUN apt-get update \
 WORKDIR /build
 COPY Cargo.toml Cargo.lock ./
 COPY src ./src
+# Cargo wants every target of its manifest to be there.
+COPY benches ./benches
 RUN cargo build --locked --release --bin keyshield
 
 FROM debian:bookworm-slim

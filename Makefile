@@ -3,12 +3,16 @@
 CARGO ?= cargo
 # Most of the tests wait for players in real time: more of them than cores can do so at once.
 TEST_THREADS ?= 6
+# With the points at which tests kill the process. One build for all tests; never a release (src/fault.rs).
+TEST = $(CARGO) test --locked --features faults
 
-.PHONY: help demo test check fmt build clip clean
+.PHONY: help demo test fleet bench-sweep check fmt build clip clean
 
 help:
 	@echo "make demo    play an encrypted, rotating live stream at http://127.0.0.1:8080/demo/master.m3u8"
 	@echo "make test    run every test, real players included"
+	@echo "make fleet   run two nodes behind a load balancer for ten minutes (FLEET_SECS for another time)"
+	@echo "make bench-sweep  what sweeps cost at up to 100,000 streams (SIZES=100,1000 for others)"
 	@echo "make check   format and lints"
 	@echo "make build   an optimised binary at target/release/keyshield"
 	@echo "make clip    make the demo's clip anew (needs ffmpeg)"
@@ -19,11 +23,20 @@ demo:
 
 test:
 	@scripts/bootstrap.sh test
-	$(CARGO) test --locked --all-targets -- --test-threads=$(TEST_THREADS)
+	$(TEST) --all-targets -- --test-threads=$(TEST_THREADS)
+
+fleet:
+	@scripts/bootstrap.sh test
+	FLEET_SECS=$${FLEET_SECS:-600} $(TEST) --test it -- --nocapture fleet::two_nodes
+
+bench-sweep:
+	@scripts/bootstrap.sh test
+	$(CARGO) bench --locked --bench sweep -- $(if $(SIZES),--sizes $(SIZES))
 
 check: fmt
 	@scripts/bootstrap.sh build
 	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(CARGO) clippy --locked --all-targets --features faults -- -D warnings
 
 fmt:
 	$(CARGO) fmt --check

@@ -6,12 +6,18 @@
 #   scripts/bootstrap.sh build   a C and C++ compiler, make, cmake, pkg-config
 #   scripts/bootstrap.sh demo    the same: the demo itself needs nothing else
 #   scripts/bootstrap.sh test    also ffmpeg, openssl, curl, Chromium, Node and
-#                                the packages of tests/players (the default)
+#                                the packages of tests/players, PostgreSQL,
+#                                nginx, Python and the packages of tests/tools
+#                                (the default)
 #
 # Why this shape: it asks for commands, not for packages, so a compiler or a
 # Node from elsewhere is as good as Debian's, and a machine that has everything
 # gets no apt call, no network access and no output. What it does install, it
 # names, one line each; the installers' own output is shown only when they fail.
+#
+# PostgreSQL and nginx are wanted as programs, which the tests start themselves:
+# installing them here makes no database cluster and starts no service, now or at
+# the next boot.
 #
 # Deliberately absent: the Rust toolchain (a condition, not a part of this),
 # package sources other than those the machine is set to, and removal of
@@ -20,6 +26,7 @@
 set -euo pipefail
 
 readonly MIN_NODE_MAJOR=18
+readonly MIN_PYTHON=3.10
 readonly LOCK_TIMEOUT_SECS=300
 readonly LOCK_RETRY_SECS=5
 readonly FAILURE_LINES=20
@@ -30,6 +37,17 @@ readonly players_dir=$root/tests/players
 # A copy of the lock file that node_modules was installed from. Contents, not
 # times, are compared: a checkout or an image layer may set any time it likes.
 readonly stamp=$players_dir/node_modules/.bootstrap-lock.json
+readonly tools_dir=$root/tests/tools
+readonly venv=$tools_dir/.venv
+# Likewise, of the requirements that the venv was made from.
+readonly venv_stamp=$venv/.bootstrap-requirements.txt
+
+# What Debian asks before it starts a service, and before it makes a cluster.
+readonly policy=/usr/sbin/policy-rc.d
+readonly no_cluster=/etc/postgresql-common/createcluster.d/keyshield-bootstrap.conf
+# Files outside the project that stand only while packages are being installed.
+written=()
+as_root=()
 
 main() {
     local target=${1:-test}
@@ -46,7 +64,7 @@ main() {
     fi
 
     log=$(mktemp)
-    trap 'rm -f -- "$log"' EXIT
+    trap clean_up EXIT
 
     packages=()
     want_build_tools
@@ -58,6 +76,15 @@ main() {
     if [[ $target == test ]]; then
         check_node
         install_node_packages
+        check_python
+        install_python_packages
+    fi
+}
+
+clean_up() {
+    rm -f -- "$log"
+    if ((${#written[@]})); then
+        "${as_root[@]}" rm -f -- "${written[@]}"
     fi
 }
 
@@ -84,6 +111,18 @@ want_test_tools() {
     else
         want npm npm
     fi
+    compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || packages+=(postgresql)
+    # Not in the PATH of everybody.
+    [[ -x /usr/sbin/nginx ]] || want nginx nginx
+    python_serves || packages+=(python3 python3-venv)
+}
+
+# New enough, and able to make a venv with pip in it.
+python_serves() {
+    python3 -c '
+import ensurepip, sys, venv
+sys.exit(sys.version_info < tuple(map(int, sys.argv[1].split("."))))
+' "$MIN_PYTHON" 2>/dev/null
 }
 
 # want PACKAGE COMMAND... : the package is needed unless every command is there.
@@ -109,7 +148,6 @@ node_major() {
 install_packages() {
     ((${#packages[@]})) || return 0
 
-    local as_root=()
     command -v apt-get >/dev/null || die "missing: ${packages[*]}; there is no apt-get here, please install them by hand"
     if ((EUID != 0)); then
         command -v sudo >/dev/null || die "missing: ${packages[*]}; installing them takes root or sudo, and this is neither"
@@ -122,8 +160,43 @@ install_packages() {
 
     printf 'bootstrap: installing %s\n' "${packages[@]}"
     run_apt "${apt[@]}" update
+    hold_services
     run_apt "${apt[@]}" install --no-install-recommends "${packages[@]}"
+    release_services
     hash -r
+}
+
+# Whoever has a policy of their own keeps it.
+hold_services() {
+    if [[ " ${packages[*]} " == *" postgresql "* ]]; then
+        write_for_now "$no_cluster" 644 'create_main_cluster = false'
+    fi
+    if [[ " ${packages[*]} " =~ \ (postgresql|nginx)\  && ! -e $policy ]]; then
+        write_for_now "$policy" 755 '#!/bin/sh' '# scripts/bootstrap.sh is installing: services stay as they are.' 'exit 101'
+    fi
+}
+
+release_services() {
+    if ((${#written[@]})); then
+        "${as_root[@]}" rm -f -- "${written[@]}"
+        written=()
+    fi
+    if [[ " ${packages[*]} " == *" nginx "* ]]; then
+        # It would listen on port 80 from the next boot on.
+        local disable=(update-rc.d nginx disable)
+        ! command -v systemctl >/dev/null || disable=(systemctl disable nginx.service)
+        run_quietly "${as_root[@]}" "${disable[@]}" || fail_with_log "this command failed: ${disable[*]}"
+    fi
+}
+
+# write_for_now FILE MODE LINE... : a file that goes when the packages are there, or when this script ends.
+write_for_now() {
+    local file=$1 mode=$2
+    shift 2
+    "${as_root[@]}" mkdir -p -- "${file%/*}"
+    written+=("$file")
+    printf '%s\n' "$@" | "${as_root[@]}" tee -- "$file" >/dev/null
+    "${as_root[@]}" chmod "$mode" -- "$file"
 }
 
 # apt-get waits for dpkg's lock by itself, but for that of the package lists
@@ -156,6 +229,25 @@ install_node_packages() {
     run_quietly npm ci --prefix "$players_dir" --ignore-scripts --no-audit --no-fund ||
         fail_with_log "npm ci failed in $players_dir"
     cp -- "$lock" "$stamp"
+}
+
+check_python() {
+    python_serves ||
+        die "$(command -v python3 || echo python3) is older than $MIN_PYTHON or has no venv, which the tests of the API need"
+}
+
+install_python_packages() {
+    local requirements=$tools_dir/requirements.txt
+    [[ -e $requirements ]] || die "$requirements is missing"
+    if cmp -s -- "$requirements" "$venv_stamp"; then
+        return
+    fi
+    echo "bootstrap: installing the Python packages of tests/tools"
+    run_quietly python3 -m venv --clear "$venv" || fail_with_log "no venv could be made in $venv"
+    # Wheels only: nothing of a package runs at its installation.
+    run_quietly "$venv/bin/pip" install --disable-pip-version-check --only-binary :all: -r "$requirements" ||
+        fail_with_log "pip install failed in $venv"
+    cp -- "$requirements" "$venv_stamp"
 }
 
 # Runs with the output in $log, and without the lock of main: a service that a

@@ -13,13 +13,14 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("hls", &["keys"]),
     ("clock", &["keys"]),
     ("entropy", &[]),
+    ("fault", &[]),
     ("telemetry", &[]),
-    ("store", &["keys"]),
-    ("kms", &["keys", "entropy"]),
-    ("config", &["keys", "hls", "telemetry"]),
-    ("engine", &["keys", "store", "kms", "clock", "entropy", "telemetry"]),
+    ("store", &["keys", "fault"]),
+    ("kms", &["keys", "entropy", "fault"]),
+    ("config", &["keys", "hls", "telemetry", "fault"]),
+    ("engine", &["keys", "store", "kms", "clock", "entropy", "fault", "telemetry"]),
     ("shield", &["keys", "cipher", "hls", "engine", "clock", "telemetry"]),
-    ("control", &["engine", "telemetry"]),
+    ("control", &["keys", "hls", "clock", "entropy", "telemetry", "engine"]),
     ("demo", &["keys"]),
     (
         "app",
@@ -155,6 +156,25 @@ fn pure_rooms_touch_nothing_outside() {
 fn every_file_opens_by_saying_what_it_is_for() {
     for source in sources() {
         assert!(source.text.starts_with("//! "), "{} has no opening //!", source.path.display());
+    }
+}
+
+#[test]
+fn nothing_but_the_tests_asks_for_points_to_be_killed_at() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let manifest: toml::Table = fs::read_to_string(root.join("Cargo.toml")).unwrap().parse().unwrap();
+    for (feature, enables) in manifest["features"].as_table().unwrap() {
+        let names_it = |name: &toml::Value| name.as_str().is_some_and(|name| name.contains("faults"));
+        assert!(!enables.as_array().unwrap().iter().any(names_it), "{feature} is `faults` too");
+    }
+    for file in ["Dockerfile", "Makefile"] {
+        let text = fs::read_to_string(root.join(file)).unwrap();
+        let released = text.lines().filter(|line| line.contains("--release"));
+        assert!(released.clone().count() > 0, "{file} makes a release");
+        assert!(released.clone().all(|line| !line.contains("features")), "{file}: a release has no features");
+    }
+    for source in sources().iter().filter(|source| source.room != "fault") {
+        assert!(!source.text.contains("KEYSHIELD_FAULT"), "{}: this is fault.rs's", source.path.display());
     }
 }
 

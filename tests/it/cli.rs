@@ -6,10 +6,17 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use crate::harness::{KEYSHIELD, Running, free_port, get, repository};
+use sha2::{Digest, Sha256};
+
+use crate::harness::{KEYSHIELD, Running, ask, free_port, get, repository};
 
 fn keyshield(arguments: &[&str]) -> Output {
     Command::new(KEYSHIELD).args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+fn keyshield_under(variables: &[(&str, &str)], arguments: &[&str]) -> Output {
+    let mut command = Command::new(KEYSHIELD);
+    command.args(arguments).envs(variables.iter().copied()).stdin(Stdio::null()).output().unwrap()
 }
 
 fn stdout(output: &Output) -> String {
@@ -51,6 +58,40 @@ fn a_bad_argument_is_exit_code_2() {
 }
 
 #[test]
+fn a_token_is_printed_with_the_entry_that_lets_it_in() {
+    let output = keyshield(&["token", "--name", "ci", "--role", "operator"]);
+    let text = stdout(&output);
+    let token = text.lines().find(|line| line.starts_with("ks_")).expect("a token");
+    let entry: toml::Table = text[text.find("[[").unwrap()..].parse().unwrap();
+    let entry = &entry["control"]["tokens"][0];
+    assert_eq!((entry["name"].as_str(), entry["role"].as_str()), (Some("ci"), Some("operator")));
+    assert_eq!(entry["sha256"].as_str(), Some(hex::encode(Sha256::digest(token)).as_str()));
+    assert_ne!(stdout(&keyshield(&["token", "--name", "ci", "--role", "operator"])), text);
+    for wrong in [["--name", "c\"i", "--role", "admin"], ["--name", "ci", "--role", "root"]] {
+        assert_eq!(keyshield(&[&["token"], &wrong[..]].concat()).status.code(), Some(2), "{wrong:?}");
+    }
+}
+
+#[test]
+fn the_demos_token_is_printed_and_lets_in() {
+    let start = |environment: &[(&str, &str)]| {
+        Running::demo_with(tempfile::tempdir().unwrap(), free_port(), environment)
+    };
+    let status = |demo: &Running, token: &str| {
+        let streams = format!("{}/api/hls/streams", demo.control);
+        ask("GET", &streams, &[("Authorization", &format!("Bearer {token}"))]).status
+    };
+    let demo = start(&[]);
+    let log = demo.logged();
+    let printed = log.lines().find_map(|line| line.strip_prefix("token ")).expect("a token").trim();
+    assert!(printed.starts_with("ks_") && printed.len() == 46, "{printed}");
+    assert!(!matches!(status(&demo, printed), 401 | 403));
+    assert_eq!(status(&demo, "ks_other"), 401);
+    let given = start(&[("KEYSHIELD_DEMO_TOKEN", "let-me-in")]);
+    assert!(!matches!(status(&given, "let-me-in"), 401 | 403));
+}
+
+#[test]
 fn check_shows_what_the_shipped_configuration_comes_to() {
     let path = repository("config/keyshield.toml");
     let output = keyshield(&["check", "--config", path.to_str().unwrap()]);
@@ -58,6 +99,109 @@ fn check_shows_what_the_shipped_configuration_comes_to() {
     assert!(output.status.success(), "{text}");
     assert!(text.contains("stream      ch1 at /live/ch1/master.m3u8: AES-128"), "{text}");
     assert!(text.contains("every 30 min or 100 segments, 3 made ahead"), "{text}");
+    let (summary, values) = text.split_once("the configuration is right\n\n").expect(&text);
+    assert!(summary.contains("players     0.0.0.0:8080"), "{summary}");
+    assert!(values.lines().count() > 40 && values.lines().all(|line| line.contains("   # ")), "{values}");
+    let listen = values.lines().find(|line| line.starts_with("shield.listen = \"0.0.0.0:8080\" ")).unwrap();
+    let file = std::fs::read_to_string(&path).unwrap();
+    let line = 1 + file.lines().position(|line| line.starts_with("listen = ")).unwrap();
+    assert!(listen.ends_with(&format!("# file {}, line {line}", path.display())), "{listen}");
+}
+
+#[test]
+fn check_says_which_layer_gave_a_value() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("keyshield.toml");
+    std::fs::write(&path, "[shield]\nthreads = 2\n[policy]\nlead_segments = 3\n").unwrap();
+    let path = path.to_str().unwrap();
+    let variables =
+        [("MAX_SEGMENTS_PER_KEY", "50"), ("KEYSHIELD_LOG_FORMAT", "json"), ("KEYSHIELD_SHIELD_THREADS", "4")];
+    let flags = ["--listen", "127.0.0.1:1", "--set", "shield.threads=8", "--set", "log.filter=a=warn,b=info"];
+    let output = keyshield_under(&variables, &[&["check", "--json", "--config", path], &flags[..]].concat());
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["valid"], true);
+    let values = report["values"].as_array().unwrap();
+    for (key, value, source) in [
+        ("control.listen", "\"127.0.0.1:8081\"", "default".to_owned()),
+        ("policy.lead_segments", "3", format!("file {path}, line 4")),
+        ("policy.segments_per_key", "50", "environment variable MAX_SEGMENTS_PER_KEY".into()),
+        ("log.format", "\"json\"", "environment variable KEYSHIELD_LOG_FORMAT".into()),
+        ("shield.listen", "\"127.0.0.1:1\"", "flag --listen".into()),
+        ("shield.threads", "8", "flag --set".into()),
+        ("log.filter", "\"a=warn,b=info\"", "flag --set".into()),
+    ] {
+        let found = values.iter().find(|value| value["key"] == key).expect(key);
+        assert_eq!(
+            (found["value"].to_string(), &found["source"]),
+            (value.to_owned(), &source.into()),
+            "{key}"
+        );
+    }
+}
+
+#[test]
+fn check_needs_no_file_and_shows_no_secret() {
+    let hash = "0123456789abcdef".repeat(4);
+    let tokens = format!("[{{name = \"ci\", role = \"viewer\", sha256 = \"{hash}\"}}]");
+    let variables = [
+        ("KEYSHIELD_ORIGINS", "[{\"name\": \"main\", \"urls\": [\"https://origin.example\"]}]"),
+        ("KEYSHIELD_CONTROL_TOKENS", &tokens),
+        ("KEYSHIELD_STORE_DATABASE", "postgres://user:secret@db.example/keys"),
+        ("CDN_ENDPOINTS", "cdn.example"),
+    ];
+    for arguments in [&["check"][..], &["check", "--json"]] {
+        let output = keyshield_under(&variables, arguments);
+        let text = stdout(&output);
+        assert!(output.status.success(), "{output:?}");
+        assert!(text.contains("postgres://user:***@db.example/keys") && text.contains("01234567…"), "{text}");
+        assert!(!text.contains("secret") && !text.contains(&hash), "{text}");
+    }
+    let text = stdout(&keyshield_under(&variables, &["check"]));
+    assert!(text.contains("origins[0].urls = [\"https://origin.example\"]"), "{text}");
+    assert!(text.contains("token       ci: viewer") && text.contains("note: CDN_ENDPOINTS"), "{text}");
+}
+
+#[test]
+fn what_no_layer_knows_is_one_line_with_a_suggestion_and_exit_code_2() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("bad.toml");
+    std::fs::write(&path, "[shield]\n\nlisen = \"127.0.0.1:1\"\n").unwrap();
+    let shipped = repository("config/keyshield.toml");
+    let with = |path: &Path, more: &[&str]| {
+        let arguments = ["check", "--config", path.to_str().unwrap()];
+        [&arguments, more].concat().into_iter().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let disagree = [("PRE_GENERATE_KEYS", "4"), ("KEYSHIELD_POLICY_PRE_GENERATE_KEYS", "5")];
+    for (variables, arguments, parts) in [
+        (&[][..], with(&path, &[]), &["bad.toml", "shield.lisen, line 3", "did you mean shield.listen?"][..]),
+        (
+            &[("KEYSHIELD_SHIELD_LISEN", "")],
+            with(&shipped, &[]),
+            &["KEYSHIELD_SHIELD_LISEN", "did you mean KEYSHIELD_SHIELD_LISTEN?"],
+        ),
+        (
+            &[],
+            with(&shipped, &["--set", "kms.masterkey_file=a"]),
+            &["--set", "did you mean kms.master_key_file?"],
+        ),
+        (
+            &disagree,
+            with(&shipped, &[]),
+            &["PRE_GENERATE_KEYS", "KEYSHIELD_POLICY_PRE_GENERATE_KEYS", "disagree"],
+        ),
+        (
+            &[],
+            with(&shipped, &["--set", "shield.threads=many"]),
+            &["--set", "shield.threads must be a whole number"],
+        ),
+        (&[], vec!["serve".into()], &["--config"]),
+    ] {
+        let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+        let (code, line) = failure(&keyshield_under(variables, &arguments));
+        assert_eq!(code, 2, "{line}");
+        assert!(parts.iter().all(|part| line.contains(part)), "{line}");
+    }
+    assert_eq!(keyshield(&["check", "--set", "shield.threads"]).status.code(), Some(2));
 }
 
 #[test]
@@ -68,6 +212,7 @@ fn a_wrong_configuration_is_one_line_with_its_place_and_exit_code_2() {
     let (code, line) = failure(&keyshield(&["check", "--config", path.to_str().unwrap()]));
     assert_eq!(code, 2);
     assert!(line.contains("shield.listen") && line.contains("somewhere"), "{line}");
+    assert!(line.contains("bad.toml, line 2"), "{line}");
 
     let missing = dir.path().join("none.toml");
     let (code, line) = failure(&keyshield(&["serve", "--config", missing.to_str().unwrap()]));
@@ -237,4 +382,19 @@ fn the_guides_variables_reach_the_demo() {
     let (code, line) = failure(&output);
     assert_eq!(code, 2);
     assert!(line.contains("KMS_PROVIDER"), "{line}");
+}
+
+#[test]
+fn every_key_reaches_the_demo_and_its_flags_go_over() {
+    let origin = format!("127.0.0.1:{}", free_port());
+    let arguments = ["demo", "--origin-listen", &origin];
+    let output = keyshield_under(&[("KEYSHIELD_LOG_FORMAT", "xml")], &arguments);
+    let (code, line) = failure(&output);
+    assert_eq!(code, 2);
+    assert!(line.contains("log.format = \"xml\"") && line.contains("KEYSHIELD_LOG_FORMAT"), "{line}");
+
+    let nowhere =
+        [("KEYSHIELD_SHIELD_LISTEN", "nowhere"), ("KEYSHIELD_STORE_DATABASE", "/nowhere/at/all.db")];
+    let demo = Running::demo_with(tempfile::tempdir().unwrap(), free_port(), &nowhere);
+    assert!(demo.dir().join("data/keyshield.db").exists());
 }

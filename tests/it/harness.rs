@@ -3,49 +3,38 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use url::Url;
 
+pub use crate::machine::{SOON, free_port, pause};
+
 /// The shield's binary, as cargo built it.
 pub const KEYSHIELD: &str = env!("CARGO_BIN_EXE_keyshield");
 
-/// How long anything that should happen at once may take on a busy machine.
-pub const SOON: Duration = Duration::from_secs(20);
-
-/// A port that is free, and that nobody gets by chance: each is given once, and they lie below those that the kernel
-/// takes for outgoing connections.
-pub fn free_port() -> u16 {
-    static GIVEN: AtomicU32 = AtomicU32::new(0);
-    let first = std::process::id() * 131;
-    loop {
-        let at = first.wrapping_add(GIVEN.fetch_add(1, Ordering::Relaxed));
-        let port = u16::try_from(10_000 + at % 20_000).expect("below 30,000");
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
-}
-
-/// Lets real time pass, where real time is what is tested or another process is waited for.
-#[expect(clippy::disallowed_methods, reason = "the one place, see above")]
-pub fn pause(time: Duration) {
-    std::thread::sleep(time);
+/// So many seconds as an environment variable says. What begins with KEYSHIELD_ is the product's: not one of those.
+#[expect(clippy::disallowed_methods, reason = "it sets a test, not the product")]
+pub fn secs_from(variable: &str, default: u64) -> Duration {
+    let secs = std::env::var(variable).map_or(default, |secs| secs.parse().expect("a number of seconds"));
+    Duration::from_secs(secs)
 }
 
 /// Waits until `done` gives something, and says what did not happen otherwise.
-pub fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+pub fn wait_for<T>(what: &str, done: impl FnMut() -> Option<T>) -> T {
+    wait_at_most(SOON, what, done)
+}
+
+/// As [`wait_for`], with a limit of one's own.
+pub fn wait_at_most<T>(limit: Duration, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     let started = Instant::now();
     loop {
         if let Some(value) = done() {
             return value;
         }
-        assert!(started.elapsed() < SOON, "{what} did not happen within {SOON:?}");
+        assert!(started.elapsed() < limit, "{what} did not happen within {limit:?}");
         pause(Duration::from_millis(20));
     }
 }
@@ -76,14 +65,25 @@ impl Answer {
     }
 }
 
+/// Asks, and keeps connections for what is asked next.
+pub fn agent() -> ureq::Agent {
+    let config =
+        ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(SOON)).max_redirects(0);
+    config.build().into()
+}
+
 /// Asks with headers; an error when the answer breaks off.
 pub fn try_ask(method: &str, url: &str, headers: &[(&str, &str)]) -> Result<Answer, ureq::Error> {
-    let agent: ureq::Agent = ureq::Agent::config_builder()
-        .http_status_as_error(false)
-        .timeout_global(Some(SOON))
-        .max_redirects(0)
-        .build()
-        .into();
+    try_ask_by(&agent(), method, url, headers)
+}
+
+/// As [`try_ask`], over the connections of an agent.
+pub fn try_ask_by(
+    agent: &ureq::Agent,
+    method: &str,
+    url: &str,
+    headers: &[(&str, &str)],
+) -> Result<Answer, ureq::Error> {
     let mut request = ureq::http::Request::builder().method(method).uri(url);
     for (name, value) in headers {
         request = request.header(*name, *value);
@@ -124,18 +124,32 @@ impl Running {
 
     /// As [`Self::serve`], on the state of an earlier process.
     pub fn serve_in(dir: TempDir, config: &str) -> Self {
+        let state = format!(
+            "[store]\ndatabase = \"{0}/keyshield.db\"\n[kms]\nmaster_key_file = \"{0}/keyshield.master\"\n\
+             [keys]\nsweep_interval_millis = 50\n",
+            dir.path().display()
+        );
+        Self::serve_with(dir, &(state + config))
+    }
+
+    /// `keyshield serve` with a configuration to which only listeners are added.
+    pub fn serve_with(dir: TempDir, config: &str) -> Self {
+        let mut running = Self::launch(dir, config, &[]);
+        running.wait_until_ready();
+        running
+    }
+
+    /// As [`Self::serve_with`], under environment variables, and without waiting until it is ready: it may never be.
+    pub fn launch(dir: TempDir, config: &str, environment: &[(&str, &str)]) -> Self {
         let (port, control_port) = (free_port(), free_port());
-        let path = dir.path();
         let listeners = format!(
             "[shield]\nlisten = \"127.0.0.1:{port}\"\nshutdown_grace_secs = 0\n\
-             [control]\nlisten = \"127.0.0.1:{control_port}\"\n\
-             [store]\ndatabase = \"{0}/keyshield.db\"\n[kms]\nmaster_key_file = \"{0}/keyshield.master\"\n\
-             [keys]\nsweep_interval_millis = 50\n",
-            path.display()
+             [control]\nlisten = \"127.0.0.1:{control_port}\"\n"
         );
-        std::fs::write(path.join("keyshield.toml"), listeners + config).unwrap();
+        let file = dir.path().join("keyshield.toml");
+        std::fs::write(&file, listeners + config).unwrap();
         let mut command = Command::new(KEYSHIELD);
-        command.arg("serve").arg("--config").arg(path.join("keyshield.toml"));
+        command.arg("serve").arg("--config").arg(file).envs(environment.iter().copied());
         Self::spawn(command, dir, port, control_port, 0)
     }
 
@@ -158,7 +172,9 @@ impl Running {
         command.args(["--origin-listen", &format!("127.0.0.1:{origin_port}")]);
         command.arg("--data").arg(dir.path().join("data"));
         command.envs(environment.iter().copied());
-        Self::spawn(command, dir, port, control_port, origin_port)
+        let mut running = Self::spawn(command, dir, port, control_port, origin_port);
+        running.wait_until_ready();
+        running
     }
 
     fn spawn(mut command: Command, dir: TempDir, port: u16, control_port: u16, origin_port: u16) -> Self {
@@ -169,25 +185,22 @@ impl Running {
             .stderr(log("stderr.log"))
             .spawn()
             .expect("keyshield starts");
-        let mut running = Self {
+        Self {
             child,
             dir,
             url: format!("http://127.0.0.1:{port}"),
             control: format!("http://127.0.0.1:{control_port}"),
             origin: format!("http://127.0.0.1:{origin_port}"),
-        };
-        running.wait_until_ready();
-        running
+        }
     }
 
     fn wait_until_ready(&mut self) {
-        let health = format!("{}/api/hls/health", self.control);
         let started = Instant::now();
         loop {
-            if try_ask("GET", &health, &[]).is_ok_and(|answer| answer.status == 200) {
+            if self.is_ready() {
                 return;
             }
-            let ended = self.child.try_wait().unwrap();
+            let ended = self.ended();
             assert!(
                 ended.is_none() && started.elapsed() < SOON,
                 "keyshield is not ready ({ended:?}): {}",
@@ -195,6 +208,21 @@ impl Running {
             );
             pause(Duration::from_millis(20));
         }
+    }
+
+    pub fn is_ready(&self) -> bool {
+        let health = format!("{}/api/hls/health", self.control);
+        try_ask("GET", &health, &[]).is_ok_and(|answer| answer.status == 200)
+    }
+
+    /// The process's ID.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
     }
 
     pub fn dir(&self) -> &Path {
@@ -237,7 +265,7 @@ impl Running {
 
     /// Sends a signal and waits for the end.
     pub fn stop(&mut self, signal: &str) -> Option<i32> {
-        let id = self.child.id().to_string();
+        let id = self.id().to_string();
         assert!(Command::new("kill").args([signal, &id]).status().unwrap().success());
         wait_for("the end of keyshield", || self.child.try_wait().unwrap()).code()
     }

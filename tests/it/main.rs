@@ -4,9 +4,25 @@
 //! its own process ID. `scripts/bootstrap.sh test` installs what these tests call.
 
 mod cli;
+mod control_api;
+mod daemon;
 mod data_plane;
+#[cfg(feature = "faults")]
+mod faults;
+mod fleet;
+mod fleet_origin;
 mod harness;
+mod machine;
+mod nginx;
+mod operators_cli;
 mod origin;
 mod origins;
+mod outage;
 mod players;
+mod postgres;
+mod revocation;
+mod schemathesis;
 mod sessions;
+mod store;
+mod watch;
+mod wire;

@@ -90,6 +90,15 @@ pub struct Origin {
 
 impl Origin {
     pub fn start(answer: impl Fn(&Seen) -> Answer + Send + Sync + 'static) -> Self {
+        Self::start_with(answer, true)
+    }
+
+    /// One that remembers no request, for many of them.
+    pub fn forgetful(answer: impl Fn(&Seen) -> Answer + Send + Sync + 'static) -> Self {
+        Self::start_with(answer, false)
+    }
+
+    fn start_with(answer: impl Fn(&Seen) -> Answer + Send + Sync + 'static, remembers: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let (seen, stopped) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicBool::new(false)));
@@ -105,7 +114,7 @@ impl Origin {
                 };
                 thread::spawn(move || {
                     // A peer that goes away in the middle is one of the things that are tested.
-                    let _ = converse(&stream, &*answer, &seen);
+                    let _ = converse(&stream, &*answer, remembers.then_some(&*seen));
                 });
             }
         });
@@ -142,7 +151,7 @@ impl Drop for Origin {
 fn converse(
     stream: &TcpStream,
     answer: &(dyn Fn(&Seen) -> Answer + Send + Sync),
-    seen: &Mutex<Vec<Seen>>,
+    seen: Option<&Mutex<Vec<Seen>>>,
 ) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     let mut reader = BufReader::new(stream);
@@ -160,7 +169,9 @@ fn converse(
             headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
         }
         let request = Seen { target, headers };
-        seen.lock().push(request.clone());
+        if let Some(seen) = seen {
+            seen.lock().push(request.clone());
+        }
         let answer = answer(&request);
         respond(stream, &answer)?;
         if answer.framing == Framing::Close || answer.cut_after.is_some() {

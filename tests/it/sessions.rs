@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use keyshield::keys::{Context, open};
+use keyshield::keys::{Context, StreamId, open};
 use keyshield::kms::LocalKms;
-use keyshield::store::Store;
+use keyshield::store::{Location, Store};
 
 use crate::harness::{Keys, Running, Segment, fetch_segments, free_port, get, openssl_decrypt, pause};
 
@@ -167,10 +167,10 @@ fn no_secret_is_readable(demo: &Running, keys: &Keys) {
 /// The DEK, and content and link keys, by the master key file: as whoever steals both would get them.
 fn unwrapped(data: &Path) -> Vec<Vec<u8>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let stream = "demo".parse().unwrap();
+    let stream: StreamId = "demo".parse().unwrap();
     let stored = runtime.block_on(async {
-        let store = Store::open(&data.join("keyshield.db")).await.unwrap();
-        store.load(&stream).await.unwrap()
+        let store = Store::open(&Location::Sqlite(data.join("keyshield.db")), 1).await.unwrap();
+        store.load(std::slice::from_ref(&stream)).await.unwrap().remove(0)
     });
     let kms = LocalKms::open(&data.join("keyshield.master")).unwrap();
     let mut secrets = Vec::new();
