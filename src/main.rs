@@ -11,7 +11,7 @@ use keyshield::app::remote::{self, KeysCommand, RemoteArgs, StreamsCommand};
 use keyshield::app::{self, DemoOptions, RewriteOptions};
 use keyshield::config::{Config, ConfigError, Effective, Environment, Setting};
 use keyshield::control::Role;
-use keyshield::keys::{IvMode, KeyMethod, Policy, PolicyError};
+use keyshield::keys::{IvMode, KeyMethod, NO_IV_MODE, Policy, PolicyError};
 use zeroize::Zeroizing;
 
 const EXAMPLES: &str = "Examples:
@@ -180,12 +180,12 @@ struct RewriteArgs {
     /// A new key after so many segments
     #[arg(long, value_name = "NUMBER", default_value_t = 100)]
     segments_per_key: u32,
-    /// AES-128 or AES-256
+    /// AES-128 (every player), AES-256 (hls.js, Shaka Player) or AES-256-GCM (Shaka Player 5)
     #[arg(long, value_name = "METHOD", default_value = "AES-128", value_parser = key_method)]
     key_method: KeyMethod,
-    /// segment, period or sequence
-    #[arg(long, value_name = "MODE", default_value = "segment", value_parser = iv_mode)]
-    iv_mode: IvMode,
+    /// segment, period or sequence: segment if it is not given; not with AES-256-GCM, which has none
+    #[arg(long, value_name = "MODE", value_parser = iv_mode)]
+    iv_mode: Option<IvMode>,
     /// Encrypt EXT-X-MAP sections too
     #[arg(long)]
     encrypt_init_sections: bool,
@@ -216,6 +216,22 @@ impl DemoArgs {
     }
 }
 
+impl RewriteArgs {
+    fn policy(&self) -> Result<Policy, PolicyError> {
+        if self.iv_mode.is_some() && !self.key_method.has_iv_mode() {
+            return Err(PolicyError { field: "--iv-mode", rule: NO_IV_MODE });
+        }
+        let policy = Policy {
+            segments_per_key: self.segments_per_key,
+            key_method: self.key_method,
+            iv_mode: self.iv_mode.unwrap_or_default(),
+            encrypt_init_sections: self.encrypt_init_sections,
+            ..Policy::default()
+        };
+        policy.checked()
+    }
+}
+
 /// What a flag says about a key, if it is given.
 fn given(flag: &'static str, key: &str, value: Option<impl ToString>) -> Option<Setting> {
     value.map(|value| Setting { flag, key: key.to_owned(), value: value.to_string() })
@@ -240,7 +256,7 @@ fn demo_token(text: &str) -> Result<Zeroizing<String>, &'static str> {
 }
 
 fn key_method(text: &str) -> Result<KeyMethod, &'static str> {
-    KeyMethod::from_name(text).ok_or("must be AES-128 or AES-256")
+    KeyMethod::from_name(text).ok_or("must be AES-128, AES-256 or AES-256-GCM")
 }
 
 fn iv_mode(text: &str) -> Result<IvMode, &'static str> {
@@ -279,19 +295,13 @@ fn run(command: Command) -> anyhow::Result<()> {
         }
         Command::Rewrite(args) => {
             let input = read(&args.file)?;
-            let policy = Policy {
-                segments_per_key: args.segments_per_key,
-                key_method: args.key_method,
-                iv_mode: args.iv_mode,
-                encrypt_init_sections: args.encrypt_init_sections,
-                ..Policy::default()
-            };
+            let policy = args.policy()?;
             let options = RewriteOptions {
                 url: args.url,
                 allowed: args.origins,
                 query_params: args.query_params,
                 seed: args.seed,
-                policy: policy.checked()?,
+                policy,
             };
             print(&app::rewrite(&input, &options)?)
         }

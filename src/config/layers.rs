@@ -123,12 +123,15 @@ impl Layers {
     /// # Errors
     /// The first value that makes no sense.
     pub fn finish(self) -> Result<Effective, ConfigError> {
-        let raw: RawConfig =
-            serde_path_to_error::deserialize(Value::Table(self.values.clone())).map_err(|error| {
+        let mut raw: RawConfig = serde_path_to_error::deserialize(Value::Table(self.values.clone()))
+            .map_err(|error| {
                 let key = error.path().to_string();
                 let why = error.inner().message().replace('\n', ", ");
                 ConfigError::Entry { field: key, why }.at(|key| self.source_of(key))
             })?;
+        if !self.sources.contains_key("policy.iv_mode") {
+            raw.policy.drop_idle_iv_mode();
+        }
         let config = Config::checked(&raw).map_err(|error| error.at(|key| self.source_of(key)))?;
         Ok(Effective { config, values: effective::values(&raw, &self.sources) })
     }
@@ -321,6 +324,18 @@ mod tests {
             "50   # environment variable MAX_SEGMENTS_PER_KEY"
         );
         assert!(shown(&effective, "policy.emergency_rotation_enabled").starts_with("false   #"));
+    }
+
+    #[test]
+    fn an_iv_mode_that_nobody_gave_is_not_there_for_a_method_without_one() {
+        let gcm = "[policy]\nkey_method = \"AES-256-GCM\"\n";
+        let effective = load(gcm, &[], &[]).unwrap();
+        assert!(!effective.values.iter().any(|value| value.key == "policy.iv_mode"));
+        let given = [("KEYSHIELD_POLICY_IV_MODE", "segment")];
+        let error = load(gcm, &given, &[]).unwrap_err();
+        let expected = "policy.iv_mode = \"segment\": must be left out with AES-256-GCM, whose segments carry their \
+                        own IVs (environment variable KEYSHIELD_POLICY_IV_MODE)";
+        assert_eq!(error, expected);
     }
 
     #[test]

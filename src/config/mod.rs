@@ -173,7 +173,7 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keys::IvMode;
+    use crate::keys::{IvMode, KeyMethod};
 
     fn parse(text: &str) -> Result<Config, String> {
         let raw: RawConfig = toml::from_str(text).map_err(|error| error.to_string())?;
@@ -262,6 +262,45 @@ mod tests {
         assert_eq!(policy.rotation_interval, None);
         assert_eq!(policy.iv_mode, IvMode::Period);
         assert_eq!((policy.emergency_rotation, policy.revocation_transition), (false, 0));
+    }
+
+    #[test]
+    fn an_iv_mode_and_a_method_without_one_do_not_go_together() {
+        const GCM: &str = "key_method = \"AES-256-GCM\"\n";
+        let config = |policy: &str, own: &str| {
+            let stream = "[[streams]]\nid = \"ch1\"\nplaylist_url = \"https://origin.example/a.m3u8\"\n";
+            parse(&format!("{ORIGIN}[policy]\n{policy}{stream}[streams.policy]\n{own}"))
+        };
+        let taken = |policy, own| {
+            let policy = &config(policy, own).unwrap().streams[0].policy;
+            (policy.key_method, policy.iv_mode)
+        };
+        let gcm = (KeyMethod::Aes256Gcm, IvMode::Segment);
+        assert_eq!(taken(GCM, ""), gcm);
+        assert_eq!(taken("", GCM), gcm);
+        // The shipped file has the default: it is for the other streams.
+        assert_eq!(taken("iv_mode = \"segment\"\n", GCM), gcm);
+        assert_eq!(
+            taken(GCM, "key_method = \"AES-128\"\niv_mode = \"period\"\n"),
+            (KeyMethod::Aes128, IvMode::Period)
+        );
+
+        let refused = |policy: &str, own: &str, named: &str| {
+            let error = config(policy, own).unwrap_err();
+            assert!(error.starts_with(named) && error.contains("AES-256-GCM"), "{error}");
+            error
+        };
+        for mode in ["segment", "period"] {
+            let mode = format!("iv_mode = \"{mode}\"\n");
+            let both = format!("{GCM}{mode}");
+            let error = refused(&both, "", &format!("policy.{}", mode.trim_end()));
+            assert!(error.contains("must be left out"), "{error}");
+            refused("", &both, "streams[0].policy.iv_mode");
+            let error = refused(GCM, &mode, "streams[0].policy.iv_mode");
+            assert!(error.contains("stream ch1: must be left out"), "{error}");
+        }
+        let error = refused("iv_mode = \"period\"\n", GCM, "policy.iv_mode = \"period\": stream ch1");
+        assert!(error.contains("[streams.policy]") && error.contains("another key_method"), "{error}");
     }
 
     #[test]

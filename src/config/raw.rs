@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::secrets::{masked_hash, masked_url};
-use crate::keys::Policy;
+use crate::keys::{KeyMethod, Policy};
 
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -285,10 +285,18 @@ impl RawPolicy {
             grace_period_secs: Some(policy.grace_period.as_secs()),
             lead_segments: Some(policy.lead_segments),
             cdn_ttl_secs: Some(policy.cdn_ttl.as_secs()),
-            iv_mode: Some("segment".into()),
+            iv_mode: Some(policy.iv_mode.name().into()),
             encrypt_init_sections: Some(policy.encrypt_init_sections),
             emergency_rotation_enabled: Some(policy.emergency_rotation),
             revocation_transition_target_durations: Some(policy.revocation_transition),
+        }
+    }
+
+    /// Takes the IV mode out where the method has none. For one that nobody gave; a given one is refused.
+    pub(super) fn drop_idle_iv_mode(&mut self) {
+        let method = self.key_method.as_deref().and_then(KeyMethod::from_name);
+        if method.is_some_and(|method| !method.has_iv_mode()) {
+            self.iv_mode = None;
         }
     }
 

@@ -6,7 +6,7 @@ use super::ConfigError;
 use super::checks::{entry, field};
 use super::raw::{RawPolicy, RawStream};
 use crate::hls::{Mounts, normalized_path};
-use crate::keys::{IvMode, KeyMethod, Policy, PolicyError, StreamId};
+use crate::keys::{IvMode, KeyMethod, NO_IV_MODE, Policy, PolicyError, StreamId};
 
 /// A year: whoever wants no time trigger says 0.
 const MAX_INTERVAL_MINUTES: f64 = 525_600.0;
@@ -32,7 +32,11 @@ pub(super) fn default_policy(raw: &RawPolicy) -> Result<Policy, ConfigError> {
         let path = format!("policy.{field}");
         entry(key.into_iter().find(|key| key.starts_with(&path)).unwrap_or(&path), rule)
     };
-    policy(raw, "policy", None)?.checked().map_err(wrong)
+    let policy = policy(raw, "policy", None)?;
+    if let (false, Some(given)) = (policy.key_method.has_iv_mode(), &raw.iv_mode) {
+        return Err(field("policy.iv_mode", given, NO_IV_MODE));
+    }
+    policy.checked().map_err(wrong)
 }
 
 pub(super) fn streams(
@@ -66,12 +70,34 @@ fn stream(
     if !prefix.starts_with('/') || !plain.starts_with(&prefix) {
         return Err(ConfigError::StreamPrefix { stream: raw.id.clone(), prefix, path: plain });
     }
-    let policy = policy(&raw.policy.over(defaults), &format!("streams[{at}].policy"), Some(&raw.id))?
-        .checked()
-        .map_err(|source| ConfigError::Policy { stream: raw.id.clone(), source })?;
+    let place_of_policy = format!("streams[{at}].policy");
+    let policy = policy(&raw.policy.over(defaults), &place_of_policy, Some(&raw.id))?;
+    if !policy.key_method.has_iv_mode() {
+        refuse_iv_mode(raw, defaults, &place_of_policy)?;
+    }
+    let policy = policy.checked().map_err(|source| ConfigError::Policy { stream: raw.id.clone(), source })?;
     let playlist_path = place.mount.shield_path(&place.path);
     let (origin, playlist_url) = (place.mount.origin.clone(), raw.playlist_url.clone());
     Ok(StreamConfig { id, origin, prefix, playlist_url, playlist_path, policy })
+}
+
+/// A stream whose method has no IV mode may not be given one: whoever does expects IVs that nobody would see. The
+/// default may stand in `[policy]`, for other streams; anything else there would be meant for this one too.
+fn refuse_iv_mode(raw: &RawStream, defaults: &RawPolicy, place: &str) -> Result<(), ConfigError> {
+    let id = &raw.id;
+    if let Some(given) = &raw.policy.iv_mode {
+        return Err(field(&format!("{place}.iv_mode"), given, &format!("stream {id}: {NO_IV_MODE}")));
+    }
+    match &defaults.iv_mode {
+        Some(given) if given != IvMode::default().name() => {
+            let why = format!(
+                "stream {id} is under AES-256-GCM, which has no IV mode: give iv_mode in the [streams.policy] of \
+                 the streams that need it and not in [policy], or give {id} another key_method"
+            );
+            Err(field("policy.iv_mode", given, &why))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn refuse_shared(streams: &[StreamConfig]) -> Result<(), ConfigError> {
@@ -102,8 +128,9 @@ fn policy(raw: &RawPolicy, place: &str, stream: Option<&str>) -> Result<Policy, 
     };
     let key_method = match &raw.key_method {
         None => base.key_method,
-        Some(name) => KeyMethod::from_name(name)
-            .ok_or_else(|| named("key_method", name, "must be \"AES-128\" or \"AES-256\""))?,
+        Some(name) => KeyMethod::from_name(name).ok_or_else(|| {
+            named("key_method", name, "must be \"AES-128\", \"AES-256\" or \"AES-256-GCM\"")
+        })?,
     };
     let iv_mode = match &raw.iv_mode {
         None => base.iv_mode,

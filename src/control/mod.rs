@@ -74,7 +74,7 @@ pub fn router(parts: ControlParts) -> Router {
     let (guarded, mut document) = guarded().split_for_parts();
     let (open, described) = open().split_for_parts();
     document.merge(described);
-    let described: Arc<str> = openapi::to_json(&document).into();
+    let described: Arc<str> = openapi::to_json(document).into();
     guarded
         .route_layer(middleware::from_fn_with_state(Arc::clone(&control), auth::authorize))
         .merge(open)

@@ -2,11 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use serde_json::json;
+use utoipa::openapi::schema::Schema;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
 use utoipa::openapi::{ContentBuilder, RefOr, Response, ResponseBuilder};
 use utoipa::{IntoResponses, Modify, OpenApi, ToSchema};
 
 use super::problem::{PROBLEM_JSON, Problem};
+use crate::keys::KeyMethod;
 
 #[derive(OpenApi)]
 #[openapi(
@@ -90,7 +93,22 @@ problem_responses! {
 }
 
 /// The document, as it is served.
-pub(super) fn to_json(document: &utoipa::openapi::OpenApi) -> String {
+pub(super) fn to_json(mut document: utoipa::openapi::OpenApi) -> String {
+    refuse_iv_mode_under_gcm(&mut document);
     // Maps with string keys: there is nothing in it that JSON lacks.
     document.to_pretty_json().unwrap_or_default()
+}
+
+/// What two fields must not say together, which no type of utoipa can express: its extensions are keys like any
+/// other in what is served.
+fn refuse_iv_mode_under_gcm(document: &mut utoipa::openapi::OpenApi) {
+    let schemas = document.components.as_mut().map(|components| &mut components.schemas);
+    let rules = schemas.and_then(|schemas| schemas.get_mut("StreamConfigRequest"));
+    if let Some(RefOr::T(Schema::Object(rules))) = rules {
+        let together = json!({
+            "required": ["keyMethod", "ivMode"],
+            "properties": { "keyMethod": { "const": KeyMethod::Aes256Gcm.name() } }
+        });
+        rules.extensions.get_or_insert_default().insert("not".into(), together);
+    }
 }

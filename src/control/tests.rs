@@ -163,6 +163,8 @@ async fn health_metrics_and_the_description_need_no_token() {
     let described = ask_as(None, Method::GET, DESCRIPTION, "").await;
     assert_eq!((described.status, described.header("content-type")), (200, "application/json"));
     assert!(described.body["openapi"].as_str().unwrap().starts_with("3.1"));
+    let rules = &described.body["components"]["schemas"]["StreamConfigRequest"];
+    assert_eq!(rules["not"]["properties"]["keyMethod"]["const"], "AES-256-GCM", "with an IV mode: {rules:#}");
 }
 
 #[tokio::test]
@@ -304,5 +306,5 @@ async fn bodies_of_requests_are_closed_and_bounded_in_the_description() {
     }
     let example = &schemas["InitializeRequest"]["examples"][0];
     assert_eq!(example["playlistUrl"], "https://cdn.example.com/stream/playlist.m3u8");
-    assert_eq!(schemas["KeyMethod"]["enum"], json!(["AES-128", "AES-256"]));
+    assert_eq!(schemas["KeyMethod"]["enum"], json!(["AES-128", "AES-256", "AES-256-GCM"]));
 }

@@ -12,19 +12,35 @@ use super::derive::IvMode;
 /// The METHOD of EXT-X-KEY (draft-pantos-hls-rfc8216bis-22 §4.4.4.4).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum KeyMethod {
+    /// AES-128-CBC. Every player takes it.
     #[default]
     Aes128,
-    /// AES-256-CBC, an extension that hls.js and Shaka Player understand; not in the specification.
+    /// AES-256-CBC, an extension that hls.js and Shaka Player take; not in the specification.
     Aes256,
+    /// Authenticated: a segment is its IV, the ciphertext and the tag, 16 bytes more on each side (§5.1), so
+    /// EXT-X-KEY must not have an IV (§4.4.4.4). Shaka Player 5 takes it.
+    Aes256Gcm,
 }
 
-impl KeyMethod {
-    pub const ALL: [KeyMethod; 2] = [KeyMethod::Aes128, KeyMethod::Aes256];
+/// What is wrong with an [`IvMode`] that is given to a method without one, wherever it is given.
+pub const NO_IV_MODE: &str = "must be left out with AES-256-GCM, whose segments carry their own IVs";
 
+impl KeyMethod {
+    pub const ALL: [KeyMethod; 3] = [KeyMethod::Aes128, KeyMethod::Aes256, KeyMethod::Aes256Gcm];
+
+    /// In bytes.
     pub fn key_len(self) -> usize {
         match self {
             KeyMethod::Aes128 => 16,
-            KeyMethod::Aes256 => 32,
+            KeyMethod::Aes256 | KeyMethod::Aes256Gcm => 32,
+        }
+    }
+
+    /// Whether playlists show IVs under it, so that there is a choice of how they come about.
+    pub fn has_iv_mode(self) -> bool {
+        match self {
+            KeyMethod::Aes128 | KeyMethod::Aes256 => true,
+            KeyMethod::Aes256Gcm => false,
         }
     }
 
@@ -33,6 +49,7 @@ impl KeyMethod {
         match self {
             KeyMethod::Aes128 => "AES-128",
             KeyMethod::Aes256 => "AES-256",
+            KeyMethod::Aes256Gcm => "AES-256-GCM",
         }
     }
 
@@ -57,6 +74,7 @@ pub struct Policy {
     pub lead_segments: u32,
     /// How long caches in front of the shield may keep a playlist.
     pub cdn_ttl: Duration,
+    /// The default under a method that has none ([`KeyMethod::has_iv_mode`]).
     pub iv_mode: IvMode,
     pub encrypt_init_sections: bool,
     /// Whether an operator may take keys back (the guide's `emergencyRotationEnabled`).
@@ -121,6 +139,9 @@ impl Policy {
         if self.lead_segments > 100 {
             return wrong("lead_segments", "must be at most 100");
         }
+        if !self.key_method.has_iv_mode() && self.iv_mode != IvMode::default() {
+            return wrong("iv_mode", NO_IV_MODE);
+        }
         Ok(self)
     }
 
@@ -144,6 +165,18 @@ mod tests {
         assert_eq!(policy.segments_per_key, 100);
         assert_eq!(policy.pre_generate_keys, 3);
         assert_eq!(policy.grace_period, Duration::from_secs(300));
+    }
+
+    #[test]
+    fn gcm_has_a_long_key_and_no_iv_mode() {
+        let method = KeyMethod::Aes256Gcm;
+        assert_eq!((method.name(), method.key_len()), ("AES-256-GCM", 32));
+        let policy = Policy { key_method: method, ..Policy::default() };
+        assert!(policy.clone().checked().is_ok());
+        for iv_mode in [IvMode::Period, IvMode::Sequence] {
+            let refused = Policy { iv_mode, ..policy.clone() }.checked().unwrap_err();
+            assert_eq!((refused.field, refused.rule), ("iv_mode", NO_IV_MODE));
+        }
     }
 
     #[test]

@@ -28,7 +28,7 @@ macro_rules! redacted {
     };
 }
 
-/// What encrypts Media Segments: 16 bytes for AES-128, 32 for AES-256.
+/// What encrypts Media Segments: 16 bytes for AES-128, 32 for AES-256 and AES-256-GCM.
 #[derive(Clone, Zeroize, ZeroizeOnDrop)]
 pub struct ContentKey {
     bytes: [u8; 32],
@@ -137,7 +137,7 @@ mod tests {
 
     #[test]
     fn secrets_survive_the_way_through_their_plaintext() {
-        for method in [KeyMethod::Aes128, KeyMethod::Aes256] {
+        for method in KeyMethod::ALL {
             let random: [u8; CONTENT_SECRET_LEN] = std::array::from_fn(|i| i as u8);
             let secrets = ContentSecrets::from_random(method, &random);
             assert_eq!(secrets.content.expose().len(), method.key_len());

@@ -58,6 +58,20 @@ fn a_bad_argument_is_exit_code_2() {
 }
 
 #[test]
+fn rewrite_takes_an_iv_mode_with_methods_that_have_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.m3u8");
+    std::fs::write(&path, "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\na.ts\n#EXT-X-ENDLIST\n").unwrap();
+    let rewrite = |options: &[&str]| keyshield(&[&["rewrite", path.to_str().unwrap()], options].concat());
+    assert!(rewrite(&["--key-method", "AES-256", "--iv-mode", "period"]).status.success());
+    let gcm = rewrite(&["--key-method", "AES-256-GCM"]);
+    assert!(stdout(&gcm).contains("#EXT-X-KEY:METHOD=AES-256-GCM,"), "{gcm:?}");
+    let (code, line) = failure(&rewrite(&["--key-method", "AES-256-GCM", "--iv-mode", "segment"]));
+    assert_eq!(code, 2);
+    assert!(line.contains("--iv-mode must be left out with AES-256-GCM"), "{line}");
+}
+
+#[test]
 fn a_token_is_printed_with_the_entry_that_lets_it_in() {
     let output = keyshield(&["token", "--name", "ci", "--role", "operator"]);
     let text = stdout(&output);

@@ -238,6 +238,31 @@ fn a_change_leaves_what_it_does_not_name() {
 }
 
 #[test]
+fn a_method_without_an_iv_mode_is_given_none() {
+    let (origin, shield) = start();
+    let rules = |id: &str, config: Value| {
+        let mut body = body(&origin, id);
+        body["config"] = config;
+        call(&shield, "POST", &format!("/{id}/initialize"), body)
+    };
+    let refused = rules("ch1", json!({"keyMethod": "AES-256-GCM", "ivMode": "segment"}));
+    assert_eq!((refused.status, refused.problem()), (422, "invalid"));
+    assert_eq!(refused.body["errors"][0]["field"], "config.ivMode");
+    let gcm = rules("ch1", json!({"keyMethod": "AES-256-GCM"})).ok()["config"].clone();
+    assert_eq!((&gcm["keyMethod"], &gcm["ivMode"]), (&json!("AES-256-GCM"), &Value::Null));
+    let refused = call(&shield, "PATCH", "/ch1", json!({"config": {"ivMode": "period"}}));
+    assert_eq!((refused.status, &refused.body["errors"][0]["field"]), (422, &json!("config.ivMode")));
+
+    rules("ch2", json!({"ivMode": "period"})).ok();
+    let to_gcm = json!({"config": {"keyMethod": "AES-256-GCM"}});
+    let refused = call(&shield, "PATCH", "/ch2", to_gcm.clone());
+    assert_eq!((refused.status, &refused.body["errors"][0]["field"]), (422, &json!("config.ivMode")));
+    call(&shield, "PATCH", "/ch2", json!({"config": {"ivMode": "segment"}})).ok();
+    let gcm = call(&shield, "PATCH", "/ch2", to_gcm).ok()["config"].clone();
+    assert_eq!((&gcm["keyMethod"], &gcm["ivMode"]), (&json!("AES-256-GCM"), &Value::Null));
+}
+
+#[test]
 fn a_stopped_stream_serves_nothing_until_it_is_begun_again() {
     let (origin, shield) = start();
     begin(&origin, &shield, "ch1");

@@ -77,7 +77,9 @@ pub(in crate::control) struct StreamConfig {
     #[serde(serialize_with = "plain_number")]
     #[schema(minimum = 0, examples(60))]
     cdn_ttl: f64,
-    iv_mode: IvModeName,
+    /// Null under AES-256-GCM, which has none.
+    #[schema(required = true)]
+    iv_mode: Option<IvModeName>,
     encrypt_init_sections: bool,
     /// Target Durations for which segments are still served under a revoked key; 0: not at all.
     #[schema(minimum = 0, maximum = 100, examples(2))]
@@ -96,7 +98,7 @@ impl StreamConfig {
             grace_period: policy.grace_period.as_secs_f64(),
             lead_segments: policy.lead_segments,
             cdn_ttl: policy.cdn_ttl.as_secs_f64(),
-            iv_mode: policy.iv_mode.into(),
+            iv_mode: policy.key_method.has_iv_mode().then(|| policy.iv_mode.into()),
             encrypt_init_sections: policy.encrypt_init_sections,
             revocation_transition: policy.revocation_transition,
         }

@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn a_stream_and_its_key_are_answered_in_the_guides_names() {
-        let info = StreamInfo {
+        let mut info = StreamInfo {
             spec: StreamSpec {
                 id: "ch1".parse().unwrap(),
                 playlist_url: "https://cdn.example.com/stream/playlist.m3u8".into(),
@@ -130,8 +130,11 @@ mod tests {
             "createdAt": "1970-01-01T00:00:01.000Z",
             "updatedAt": "1970-01-01T00:00:02.500Z",
         });
-        assert_eq!(check_schema(Stream::from(info)), expected);
+        assert_eq!(check_schema(Stream::from(info.clone())), expected);
         check_schema(Key::from(key()));
+        info.spec.policy.key_method = KeyMethod::Aes256Gcm;
+        let config = &check_schema(Stream::from(info))["config"];
+        assert_eq!((&config["keyMethod"], &config["ivMode"]), (&json!("AES-256-GCM"), &Value::Null));
     }
 
     #[test]

@@ -5,7 +5,8 @@ use utoipa::ToSchema;
 
 use crate::keys::{IvMode, KeyMethod};
 
-/// AES-256 is an extension that hls.js and Shaka Player understand.
+/// AES-128: every player. AES-256 (CBC, not in the specification): hls.js and Shaka Player. AES-256-GCM: Shaka
+/// Player 5.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
 #[schema(as = KeyMethod)]
 pub(in crate::control) enum Method {
@@ -13,6 +14,8 @@ pub(in crate::control) enum Method {
     Aes128,
     #[serde(rename = "AES-256")]
     Aes256,
+    #[serde(rename = "AES-256-GCM")]
+    Aes256Gcm,
 }
 
 impl From<KeyMethod> for Method {
@@ -20,6 +23,7 @@ impl From<KeyMethod> for Method {
         match method {
             KeyMethod::Aes128 => Method::Aes128,
             KeyMethod::Aes256 => Method::Aes256,
+            KeyMethod::Aes256Gcm => Method::Aes256Gcm,
         }
     }
 }
@@ -29,6 +33,7 @@ impl From<Method> for KeyMethod {
         match method {
             Method::Aes128 => KeyMethod::Aes128,
             Method::Aes256 => KeyMethod::Aes256,
+            Method::Aes256Gcm => KeyMethod::Aes256Gcm,
         }
     }
 }

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 use utoipa::PartialSchema;
 
 use super::*;
+use crate::control::problem::FieldError;
 use crate::engine::StreamState;
 use crate::hls::{BaseUrl, Mount};
 use crate::keys::{IvMode, KeyMethod, Timestamp};
@@ -157,25 +158,77 @@ fn the_bounds_of_the_schema_are_those_that_are_checked() {
 }
 
 #[test]
-fn a_change_stays_within_the_stream_and_touches_nothing_else() {
-    let spec = initialize(json!({
-        "playlistUrl": "https://cdn.example.com/stream/playlist.m3u8", "config": {"segmentsPerKey": 7}
-    }))
-    .unwrap();
+fn an_iv_mode_and_a_method_without_one_are_refused_together() {
+    let url = "https://cdn.example.com/stream/playlist.m3u8";
+    for mode in ["segment", "period", "sequence"] {
+        let config = json!({"keyMethod": "AES-256-GCM", "ivMode": mode});
+        let faults = initialize(json!({"playlistUrl": url, "config": config})).unwrap_err();
+        assert_eq!(faults, [format!("config.ivMode: {NO_IV_MODE}")]);
+    }
+    let gcm = initialize(json!({"playlistUrl": url, "config": {"keyMethod": "AES-256-GCM"}})).unwrap().policy;
+    assert_eq!(gcm, Policy { key_method: KeyMethod::Aes256Gcm, ..Policy::default() });
+
+    let change = |policy: &Policy, config: Value| {
+        let changed = update(&running(policy.clone()), json!({ "config": config }));
+        changed.map(|change| change.policy.map(|change| change.to))
+    };
+    let refused = |policy: &Policy, config: Value| {
+        let fault = change(policy, config).unwrap_err();
+        assert_eq!(fault.field, "config.ivMode");
+        fault.detail
+    };
+    assert_eq!(refused(&gcm, json!({"ivMode": "segment"})), NO_IV_MODE);
+    assert_eq!(change(&gcm, json!({"keyMethod": "AES-256-GCM"})).unwrap(), None, "it is so already");
+    let cbc = change(&gcm, json!({"keyMethod": "AES-256", "ivMode": "period"})).unwrap().unwrap();
+    assert_eq!((cbc.key_method, cbc.iv_mode), (KeyMethod::Aes256, IvMode::Period));
+
+    let detail = refused(&cbc, json!({"keyMethod": "AES-256-GCM"}));
+    assert!(
+        detail.contains("is \"period\"") && detail.contains("change it to \"segment\" first"),
+        "{detail}"
+    );
+    assert_eq!(refused(&cbc, json!({"keyMethod": "AES-256-GCM", "ivMode": "segment"})), NO_IV_MODE);
+    let plain = change(&cbc, json!({"ivMode": "segment"})).unwrap().unwrap();
+    let again = change(&plain, json!({"keyMethod": "AES-256-GCM"})).unwrap().unwrap();
+    assert_eq!(again.checked(), Ok(gcm));
+}
+
+#[test]
+fn an_iv_mode_of_the_configuration_is_not_for_a_stream_whose_method_has_none() {
+    let defaults = Policy { iv_mode: IvMode::Period, ..Policy::default() };
+    let begun = |config: Value| {
+        let body = json!({"playlistUrl": "https://cdn.example.com/a.m3u8", "config": config});
+        let request: InitializeRequest = serde_json::from_value(body).unwrap();
+        let (spec, _) = request.checked("ch1".parse().unwrap(), &mounts(), &defaults).unwrap();
+        (spec.policy.key_method, spec.policy.iv_mode)
+    };
+    assert_eq!(begun(json!({"keyMethod": "AES-256-GCM"})), (KeyMethod::Aes256Gcm, IvMode::Segment));
+    assert_eq!(begun(json!({"keyMethod": "AES-256"})), (KeyMethod::Aes256, IvMode::Period));
+}
+
+fn running(policy: Policy) -> StreamInfo {
+    let spec = initialize(json!({"playlistUrl": "https://cdn.example.com/stream/playlist.m3u8"})).unwrap();
     let at = Timestamp::from_unix_millis(0);
-    let stream = StreamInfo {
-        spec,
+    StreamInfo {
+        spec: StreamSpec { policy, ..spec },
         state: StreamState::Running,
         is_configured: false,
         created_at: at,
         updated_at: at,
         current_key: None,
-    };
-    let change = |body: Value| {
-        let request: UpdateRequest = serde_json::from_value(body).unwrap();
-        let checked = request.checked(&stream, &mounts()).map(|(change, _)| change);
-        checked.map_err(|problem| problem.errors()[0].clone())
-    };
+    }
+}
+
+fn update(stream: &StreamInfo, body: Value) -> Result<StreamChange, FieldError> {
+    let request: UpdateRequest = serde_json::from_value(body).unwrap();
+    let checked = request.checked(stream, &mounts()).map(|(change, _)| change);
+    checked.map_err(|problem| problem.errors()[0].clone())
+}
+
+#[test]
+fn a_change_stays_within_the_stream_and_touches_nothing_else() {
+    let stream = running(Policy { segments_per_key: 7, ..Policy::default() });
+    let change = |body: Value| update(&stream, body);
     assert_eq!(change(json!({})).unwrap(), StreamChange::default());
     let moved = change(json!({"playlistUrl": "https://cdn.example.com/stream/b/x.m3u8"})).unwrap();
     let expected = ("https://cdn.example.com/stream/b/x.m3u8".to_owned(), "/stream/b/x.m3u8".to_owned());

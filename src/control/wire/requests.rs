@@ -16,7 +16,7 @@ use crate::control::extract::{present, present_object, present_whole};
 use crate::control::problem::{Faults, Problem};
 use crate::engine::{PolicyChange, StreamChange, StreamInfo, StreamSpec};
 use crate::hls::{Mounts, OriginPath, normalized_path};
-use crate::keys::{KeyId, Policy, StreamId};
+use crate::keys::{IvMode, KeyId, KeyMethod, NO_IV_MODE, Policy, StreamId};
 
 const MAX_URL_LEN: usize = 2_048;
 const MAX_PREFIX_LEN: usize = 1_024;
@@ -136,6 +136,7 @@ struct ConfigRequest {
     #[serde(default, deserialize_with = "present_whole")]
     #[schema(nullable = false, minimum = 0, maximum = 31_622_400)]
     cdn_ttl: Option<i64>,
+    /// Not with AES-256-GCM, whose segments carry their own IVs.
     #[serde(default, deserialize_with = "present")]
     #[schema(nullable = false)]
     iv_mode: Option<IvModeName>,
@@ -239,7 +240,8 @@ impl InitializeRequest {
         let cdn_endpoints = cdn_endpoints(self.cdn_endpoints, &mut faults).unwrap_or_default();
         let config = self.config.unwrap_or_default();
         let cdn_sync_enabled = config.cdn_sync_enabled.unwrap_or(true);
-        let policy = config.over(default_policy, &mut faults);
+        let base = config.base(default_policy);
+        let policy = config.over(&base, &mut faults);
         faults.none()?;
         // Where one is missing there was a fault.
         let (Some(found), Some(prefix)) = (found, prefix) else {
@@ -325,6 +327,16 @@ impl EraseRequest {
 }
 
 impl ConfigRequest {
+    /// What a new stream starts from: `[policy]`, without an IV mode where the stream's method has none. Nobody has
+    /// asked it of this stream, and no call could take it out of the configuration.
+    fn base(&self, default_policy: &Policy) -> Policy {
+        let mut base = default_policy.clone();
+        if self.key_method.is_some_and(|method| !KeyMethod::from(method).has_iv_mode()) {
+            base.iv_mode = IvMode::default();
+        }
+        base
+    }
+
     fn over(self, base: &Policy, faults: &mut Faults) -> Policy {
         let rotation_interval = match self.rotation_interval {
             None => base.rotation_interval,
@@ -340,6 +352,19 @@ impl ConfigRequest {
                 None
             }
         };
+        let key_method = self.key_method.map_or(base.key_method, Into::into);
+        if !key_method.has_iv_mode() {
+            if self.iv_mode.is_some() {
+                faults.add("config.ivMode", NO_IV_MODE);
+            } else if base.iv_mode != IvMode::default() {
+                let (method, has, default) =
+                    (key_method.name(), base.iv_mode.name(), IvMode::default().name());
+                let first = format!(
+                    "is {has:?}, and {method} has none: change it to {default:?} first, in a call of its own"
+                );
+                faults.add("config.ivMode", first);
+            }
+        }
         let mut whole = |name: &str, value: Option<i64>, range: RangeInclusive<u32>| {
             let value = value?;
             let within = u32::try_from(value).ok().filter(|n| range.contains(n));
@@ -357,7 +382,7 @@ impl ConfigRequest {
         let revocation_transition = whole("revocationTransition", self.revocation_transition, 0..=100);
         let secs = |given: Option<u32>, base| given.map_or(base, |secs| Duration::from_secs(secs.into()));
         Policy {
-            key_method: self.key_method.map_or(base.key_method, Into::into),
+            key_method,
             rotation_interval,
             segments_per_key: segments_per_key.unwrap_or(base.segments_per_key),
             pre_generate_keys: pre_generate_keys.unwrap_or(base.pre_generate_keys),
