@@ -11,7 +11,7 @@ use keyshield::app::remote::{self, KeysCommand, RemoteArgs, StreamsCommand};
 use keyshield::app::{self, DemoOptions, RewriteOptions};
 use keyshield::config::{Config, ConfigError, Effective, Environment, Setting};
 use keyshield::control::Role;
-use keyshield::keys::{IvMode, KeyMethod, NO_IV_MODE, Policy, PolicyError};
+use keyshield::keys::{IvMode, KeyMethod, NO_IV_MODE, OnEncrypted, Policy, PolicyError, Subtitles};
 use zeroize::Zeroizing;
 
 const EXAMPLES: &str = "Examples:
@@ -189,6 +189,12 @@ struct RewriteArgs {
     /// Encrypt EXT-X-MAP sections too
     #[arg(long)]
     encrypt_init_sections: bool,
+    /// What becomes of segments that the origin has encrypted already: reject, pass or rekey
+    #[arg(long, value_name = "TREATMENT", default_value = "reject", value_parser = on_encrypted)]
+    on_encrypted: OnEncrypted,
+    /// What becomes of WebVTT: encrypt or clear
+    #[arg(long, value_name = "TREATMENT", default_value = "encrypt", value_parser = subtitles)]
+    subtitles: Subtitles,
 }
 
 impl ConfigArgs {
@@ -226,6 +232,8 @@ impl RewriteArgs {
             key_method: self.key_method,
             iv_mode: self.iv_mode.unwrap_or_default(),
             encrypt_init_sections: self.encrypt_init_sections,
+            on_encrypted: self.on_encrypted,
+            subtitles: self.subtitles,
             ..Policy::default()
         };
         policy.checked()
@@ -261,6 +269,14 @@ fn key_method(text: &str) -> Result<KeyMethod, &'static str> {
 
 fn iv_mode(text: &str) -> Result<IvMode, &'static str> {
     IvMode::from_name(text).ok_or("must be segment, period or sequence")
+}
+
+fn on_encrypted(text: &str) -> Result<OnEncrypted, &'static str> {
+    OnEncrypted::from_name(text).ok_or("must be reject, pass or rekey")
+}
+
+fn subtitles(text: &str) -> Result<Subtitles, &'static str> {
+    Subtitles::from_name(text).ok_or("must be encrypt or clear")
 }
 
 fn main() -> ExitCode {

@@ -173,7 +173,7 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keys::{IvMode, KeyMethod};
+    use crate::keys::{IvMode, KeyMethod, OnEncrypted, Subtitles};
 
     fn parse(text: &str) -> Result<Config, String> {
         let raw: RawConfig = toml::from_str(text).map_err(|error| error.to_string())?;
@@ -254,6 +254,7 @@ mod tests {
             "{ORIGIN}[policy]\nsegments_per_key = 50\ngrace_period_secs = 10\n\
              [[streams]]\nid = \"ch1\"\nplaylist_url = \"https://origin.example/a.m3u8\"\n\
              [streams.policy]\nsegments_per_key = 20\nrotation_interval_minutes = 0\niv_mode = \"period\"\n\
+             on_encrypted = \"rekey\"\nsubtitles = \"clear\"\nsession_keys = true\n\
              emergency_rotation_enabled = false\nrevocation_transition_target_durations = 0\n"
         );
         let policy = &parse(&text).unwrap().streams[0].policy;
@@ -261,6 +262,8 @@ mod tests {
         assert_eq!(policy.grace_period, Duration::from_secs(10));
         assert_eq!(policy.rotation_interval, None);
         assert_eq!(policy.iv_mode, IvMode::Period);
+        assert_eq!((policy.on_encrypted, policy.subtitles), (OnEncrypted::Rekey, Subtitles::Clear));
+        assert!(policy.session_keys);
         assert_eq!((policy.emergency_rotation, policy.revocation_transition), (false, 0));
     }
 
@@ -318,6 +321,8 @@ mod tests {
             ("[store]\nlease_secs = 1\n", "store.lease_secs"),
             ("[store]\ndatabase = \"mysql://db\"\n", "store.database"),
             ("[policy]\niv_mode = \"x\"\n", "policy.iv_mode"),
+            ("[policy]\non_encrypted = \"ignore\"\n", "policy.on_encrypted"),
+            ("[policy]\nsubtitles = \"x\"\n", "policy.subtitles"),
             ("[policy]\ngrace_period_secs = 99999999999\n", "policy.grace_period_secs"),
             (
                 "[policy]\nrevocation_transition_target_durations = 101\n",
@@ -333,6 +338,8 @@ mod tests {
         for (setting, named) in [
             ("key_method = \"DES\"", "key_method"),
             ("iv_mode = \"x\"", "iv_mode"),
+            ("on_encrypted = \"Reject\"", "on_encrypted"),
+            ("subtitles = \"\"", "subtitles"),
             ("segments_per_key = 0", "segments_per_key"),
             ("rotation_interval_minutes = -1", "rotation_interval_minutes"),
             ("rotation_interval_minutes = nan", "rotation_interval_minutes"),

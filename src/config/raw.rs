@@ -268,6 +268,9 @@ pub struct RawPolicy {
     pub cdn_ttl_secs: Option<u64>,
     pub iv_mode: Option<String>,
     pub encrypt_init_sections: Option<bool>,
+    pub on_encrypted: Option<String>,
+    pub subtitles: Option<String>,
+    pub session_keys: Option<bool>,
     pub emergency_rotation_enabled: Option<bool>,
     pub revocation_transition_target_durations: Option<u32>,
 }
@@ -287,6 +290,9 @@ impl RawPolicy {
             cdn_ttl_secs: Some(policy.cdn_ttl.as_secs()),
             iv_mode: Some(policy.iv_mode.name().into()),
             encrypt_init_sections: Some(policy.encrypt_init_sections),
+            on_encrypted: Some(policy.on_encrypted.name().into()),
+            subtitles: Some(policy.subtitles.name().into()),
+            session_keys: Some(policy.session_keys),
             emergency_rotation_enabled: Some(policy.emergency_rotation),
             revocation_transition_target_durations: Some(policy.revocation_transition),
         }
@@ -312,6 +318,9 @@ impl RawPolicy {
             cdn_ttl_secs: self.cdn_ttl_secs.or(defaults.cdn_ttl_secs),
             iv_mode: self.iv_mode.clone().or_else(|| defaults.iv_mode.clone()),
             encrypt_init_sections: self.encrypt_init_sections.or(defaults.encrypt_init_sections),
+            on_encrypted: self.on_encrypted.clone().or_else(|| defaults.on_encrypted.clone()),
+            subtitles: self.subtitles.clone().or_else(|| defaults.subtitles.clone()),
+            session_keys: self.session_keys.or(defaults.session_keys),
             emergency_rotation_enabled: self
                 .emergency_rotation_enabled
                 .or(defaults.emergency_rotation_enabled),

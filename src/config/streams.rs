@@ -6,7 +6,7 @@ use super::ConfigError;
 use super::checks::{entry, field};
 use super::raw::{RawPolicy, RawStream};
 use crate::hls::{Mounts, normalized_path};
-use crate::keys::{IvMode, KeyMethod, NO_IV_MODE, Policy, PolicyError, StreamId};
+use crate::keys::{IvMode, KeyMethod, NO_IV_MODE, OnEncrypted, Policy, PolicyError, StreamId, Subtitles};
 
 /// A year: whoever wants no time trigger says 0.
 const MAX_INTERVAL_MINUTES: f64 = 525_600.0;
@@ -139,6 +139,20 @@ fn policy(raw: &RawPolicy, place: &str, stream: Option<&str>) -> Result<Policy, 
             IvMode::from_name(name).ok_or_else(|| named("iv_mode", name, why))?
         }
     };
+    let on_encrypted = match &raw.on_encrypted {
+        None => base.on_encrypted,
+        Some(name) => {
+            let why = "must be \"reject\", \"pass\" or \"rekey\"";
+            OnEncrypted::from_name(name).ok_or_else(|| named("on_encrypted", name, why))?
+        }
+    };
+    let subtitles = match &raw.subtitles {
+        None => base.subtitles,
+        Some(name) => {
+            let why = "must be \"encrypt\" or \"clear\"";
+            Subtitles::from_name(name).ok_or_else(|| named("subtitles", name, why))?
+        }
+    };
     let secs = |value: Option<u64>, default| value.map_or(default, Duration::from_secs);
     let rotation_interval = match raw.rotation_interval_minutes {
         None => base.rotation_interval,
@@ -160,6 +174,9 @@ fn policy(raw: &RawPolicy, place: &str, stream: Option<&str>) -> Result<Policy, 
         cdn_ttl: secs(raw.cdn_ttl_secs, base.cdn_ttl),
         iv_mode,
         encrypt_init_sections: raw.encrypt_init_sections.unwrap_or(base.encrypt_init_sections),
+        on_encrypted,
+        subtitles,
+        session_keys: raw.session_keys.unwrap_or(base.session_keys),
         emergency_rotation: raw.emergency_rotation_enabled.unwrap_or(base.emergency_rotation),
         revocation_transition: raw
             .revocation_transition_target_durations

@@ -58,6 +58,61 @@ impl KeyMethod {
     }
 }
 
+/// What becomes of a playlist whose segments the origin has encrypted already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnEncrypted {
+    /// It is refused: whoever expects a clear origin learns that it is none.
+    #[default]
+    Reject,
+    /// Its segments are served as they are, under the origin's keys.
+    Pass,
+    /// Its segments are decrypted by the origin's keys, and encrypted anew under the stream's.
+    Rekey,
+}
+
+impl OnEncrypted {
+    pub const ALL: [OnEncrypted; 3] = [OnEncrypted::Reject, OnEncrypted::Pass, OnEncrypted::Rekey];
+
+    /// Its name in the configuration, the API and the store.
+    pub fn name(self) -> &'static str {
+        match self {
+            OnEncrypted::Reject => "reject",
+            OnEncrypted::Pass => "pass",
+            OnEncrypted::Rekey => "rekey",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|treatment| treatment.name() == name)
+    }
+}
+
+/// What becomes of renditions in WebVTT.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Subtitles {
+    /// They are encrypted as all others are.
+    #[default]
+    Encrypt,
+    /// They are served as they are, for players that do not decrypt text.
+    Clear,
+}
+
+impl Subtitles {
+    pub const ALL: [Subtitles; 2] = [Subtitles::Encrypt, Subtitles::Clear];
+
+    /// Its name in the configuration, the API and the store.
+    pub fn name(self) -> &'static str {
+        match self {
+            Subtitles::Encrypt => "encrypt",
+            Subtitles::Clear => "clear",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|treatment| treatment.name() == name)
+    }
+}
+
 /// A stream's rules. Build one from [`Policy::default`] and check it with [`Policy::checked`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
@@ -77,6 +132,11 @@ pub struct Policy {
     /// The default under a method that has none ([`KeyMethod::has_iv_mode`]).
     pub iv_mode: IvMode,
     pub encrypt_init_sections: bool,
+    pub on_encrypted: OnEncrypted,
+    pub subtitles: Subtitles,
+    /// Whether Multivariant Playlists name the stream's newest key in an EXT-X-SESSION-KEY, for players to load
+    /// before they have a Media Playlist (draft-pantos-hls-rfc8216bis-22 §4.4.6.5).
+    pub session_keys: bool,
     /// Whether an operator may take keys back (the guide's `emergencyRotationEnabled`).
     pub emergency_rotation: bool,
     /// For how many Target Durations after a revocation segments are still served under the revoked key to
@@ -96,6 +156,9 @@ impl Default for Policy {
             cdn_ttl: Duration::from_secs(60),
             iv_mode: IvMode::Segment,
             encrypt_init_sections: false,
+            on_encrypted: OnEncrypted::Reject,
+            subtitles: Subtitles::Encrypt,
+            session_keys: false,
             emergency_rotation: true,
             revocation_transition: 2,
         }
@@ -165,6 +228,21 @@ mod tests {
         assert_eq!(policy.segments_per_key, 100);
         assert_eq!(policy.pre_generate_keys, 3);
         assert_eq!(policy.grace_period, Duration::from_secs(300));
+    }
+
+    #[test]
+    fn what_has_a_name_is_found_by_it() {
+        for method in KeyMethod::ALL {
+            assert_eq!(KeyMethod::from_name(method.name()), Some(method));
+        }
+        for treatment in OnEncrypted::ALL {
+            assert_eq!(OnEncrypted::from_name(treatment.name()), Some(treatment));
+        }
+        for treatment in Subtitles::ALL {
+            assert_eq!(Subtitles::from_name(treatment.name()), Some(treatment));
+        }
+        assert_eq!(KeyMethod::from_name("AES-256-gcm"), None);
+        assert_eq!((OnEncrypted::from_name(""), Subtitles::from_name("")), (None, None));
     }
 
     #[test]

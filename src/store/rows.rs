@@ -8,8 +8,8 @@ use sqlx::any::AnyRow;
 
 use super::StoreError;
 use crate::keys::{
-    Boundary, DekId, DekVersion, Edge, IvMode, KeyId, KeyMethod, KeyState, MediaSequenceNumber, Ordinal,
-    Policy, StreamId, Timestamp,
+    Boundary, DekId, DekVersion, Edge, IvMode, KeyId, KeyMethod, KeyState, MediaSequenceNumber, OnEncrypted,
+    Ordinal, Policy, StreamId, Subtitles, Timestamp,
 };
 
 /// Whether a stream is served, or what is left of it.
@@ -237,6 +237,21 @@ struct StoredPolicy {
     encrypt_init_sections: bool,
     emergency_rotation: bool,
     revocation_transition: u32,
+    // Rows of before have none of these. What such a stream did it goes on doing, whatever the defaults become.
+    #[serde(default = "reject")]
+    on_encrypted: String,
+    #[serde(default = "encrypt")]
+    subtitles: String,
+    #[serde(default)]
+    session_keys: bool,
+}
+
+fn reject() -> String {
+    OnEncrypted::Reject.name().into()
+}
+
+fn encrypt() -> String {
+    Subtitles::Encrypt.name().into()
 }
 
 pub(super) fn policy_to_json(policy: &Policy) -> String {
@@ -253,6 +268,9 @@ pub(super) fn policy_to_json(policy: &Policy) -> String {
         encrypt_init_sections: policy.encrypt_init_sections,
         emergency_rotation: policy.emergency_rotation,
         revocation_transition: policy.revocation_transition,
+        on_encrypted: policy.on_encrypted.name().into(),
+        subtitles: policy.subtitles.name().into(),
+        session_keys: policy.session_keys,
     };
     json(&stored)
 }
@@ -275,6 +293,9 @@ fn policy_from_json(text: &str) -> Option<Policy> {
         cdn_ttl: Duration::from_millis(stored.cdn_ttl_millis),
         iv_mode: IvMode::from_name(&stored.iv_mode)?,
         encrypt_init_sections: stored.encrypt_init_sections,
+        on_encrypted: OnEncrypted::from_name(&stored.on_encrypted)?,
+        subtitles: Subtitles::from_name(&stored.subtitles)?,
+        session_keys: stored.session_keys,
         emergency_rotation: stored.emergency_rotation,
         revocation_transition: stored.revocation_transition,
     };
@@ -369,5 +390,61 @@ impl RenditionRow {
             edge: Edge { first: msn(row, "edge_first")?, end: msn(row, "edge_end")? },
             last_served_at: time(row, "last_served_at")?,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_policy_is_read_as_it_was_written() {
+        let policy = Policy {
+            key_method: KeyMethod::Aes256Gcm,
+            rotation_interval: None,
+            encrypt_init_sections: true,
+            on_encrypted: OnEncrypted::Rekey,
+            subtitles: Subtitles::Clear,
+            session_keys: true,
+            ..Policy::default()
+        };
+        assert_eq!(policy_from_json(&policy_to_json(&policy)), Some(policy));
+        let default = Policy::default();
+        assert_eq!(policy_from_json(&policy_to_json(&default)), Some(default));
+    }
+
+    #[test]
+    fn a_policy_of_before_there_were_these_rules_is_read() {
+        let stored = r#"{"key_method":"AES-256","rotation_interval_millis":0,"segments_per_key":7,
+            "pre_generate_keys":3,"grace_period_millis":300000,"lead_segments":2,"cdn_ttl_millis":60000,
+            "iv_mode":"period","encrypt_init_sections":true,"emergency_rotation":true,"revocation_transition":2}"#;
+        let expected = Policy {
+            key_method: KeyMethod::Aes256,
+            rotation_interval: None,
+            segments_per_key: 7,
+            iv_mode: IvMode::Period,
+            encrypt_init_sections: true,
+            on_encrypted: OnEncrypted::Reject,
+            subtitles: Subtitles::Encrypt,
+            session_keys: false,
+            ..Policy::default()
+        };
+        assert_eq!(policy_from_json(stored), Some(expected));
+    }
+
+    #[test]
+    fn a_policy_that_cannot_be_is_unreadable() {
+        let default = policy_to_json(&Policy::default());
+        for (from, to) in [
+            ("\"AES-128\"", "\"DES\""),
+            ("\"reject\"", "\"ignore\""),
+            ("\"encrypt\"", "\"\""),
+            ("\"session_keys\":false", "\"session_keys\":0"),
+            ("\"segments_per_key\":100", "\"segments_per_key\":0"),
+        ] {
+            let damaged = default.replace(from, to);
+            assert_ne!(damaged, default, "{from}");
+            assert_eq!(policy_from_json(&damaged), None, "{to}");
+        }
     }
 }

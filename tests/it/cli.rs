@@ -55,6 +55,12 @@ fn a_bad_argument_is_exit_code_2() {
     assert_eq!(keyshield(&["demo", "--listen", "nowhere"]).status.code(), Some(2));
     assert_eq!(keyshield(&["no-such-command"]).status.code(), Some(2));
     assert_eq!(keyshield(&["rewrite", "--segments-per-key", "0", "/dev/null"]).status.code(), Some(2));
+    for (option, value) in [("--key-method", "AES-512"), ("--on-encrypted", "ignore"), ("--subtitles", "no")]
+    {
+        let output = keyshield(&["rewrite", option, value, "/dev/null"]);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(String::from_utf8_lossy(&output.stderr).contains("must be "), "{output:?}");
+    }
 }
 
 #[test]
@@ -62,7 +68,10 @@ fn rewrite_takes_an_iv_mode_with_methods_that_have_one() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.m3u8");
     std::fs::write(&path, "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\na.ts\n#EXT-X-ENDLIST\n").unwrap();
-    let rewrite = |options: &[&str]| keyshield(&[&["rewrite", path.to_str().unwrap()], options].concat());
+    let rewrite = |options: &[&str]| {
+        let treated = ["rewrite", "--on-encrypted", "pass", "--subtitles", "clear", path.to_str().unwrap()];
+        keyshield(&[&treated[..], options].concat())
+    };
     assert!(rewrite(&["--key-method", "AES-256", "--iv-mode", "period"]).status.success());
     let gcm = rewrite(&["--key-method", "AES-256-GCM"]);
     assert!(stdout(&gcm).contains("#EXT-X-KEY:METHOD=AES-256-GCM,"), "{gcm:?}");

@@ -248,18 +248,20 @@ fn a_method_without_an_iv_mode_is_given_none() {
     let refused = rules("ch1", json!({"keyMethod": "AES-256-GCM", "ivMode": "segment"}));
     assert_eq!((refused.status, refused.problem()), (422, "invalid"));
     assert_eq!(refused.body["errors"][0]["field"], "config.ivMode");
-    let gcm = rules("ch1", json!({"keyMethod": "AES-256-GCM"})).ok()["config"].clone();
+    let gcm = rules("ch1", json!({"keyMethod": "AES-256-GCM", "sessionKeys": true})).ok()["config"].clone();
     assert_eq!((&gcm["keyMethod"], &gcm["ivMode"]), (&json!("AES-256-GCM"), &Value::Null));
+    assert_eq!((&gcm["sessionKeys"], &gcm["onEncrypted"]), (&json!(true), &json!("reject")));
     let refused = call(&shield, "PATCH", "/ch1", json!({"config": {"ivMode": "period"}}));
     assert_eq!((refused.status, &refused.body["errors"][0]["field"]), (422, &json!("config.ivMode")));
 
-    rules("ch2", json!({"ivMode": "period"})).ok();
+    rules("ch2", json!({"ivMode": "period", "onEncrypted": "pass", "subtitles": "clear"})).ok();
     let to_gcm = json!({"config": {"keyMethod": "AES-256-GCM"}});
     let refused = call(&shield, "PATCH", "/ch2", to_gcm.clone());
     assert_eq!((refused.status, &refused.body["errors"][0]["field"]), (422, &json!("config.ivMode")));
     call(&shield, "PATCH", "/ch2", json!({"config": {"ivMode": "segment"}})).ok();
     let gcm = call(&shield, "PATCH", "/ch2", to_gcm).ok()["config"].clone();
-    assert_eq!((&gcm["keyMethod"], &gcm["ivMode"]), (&json!("AES-256-GCM"), &Value::Null));
+    assert_eq!((&gcm["ivMode"], &gcm["onEncrypted"]), (&Value::Null, &json!("pass")));
+    assert_eq!((&gcm["subtitles"], &gcm["sessionKeys"]), (&json!("clear"), &json!(false)));
 }
 
 #[test]

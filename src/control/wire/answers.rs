@@ -3,7 +3,7 @@
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::names::{IvModeName, Method};
+use super::names::{IvModeName, Method, OnEncryptedName, SubtitlesName};
 use super::{date_time, plain_number};
 use crate::engine::{self, KeyInfo, ManualRotation, StreamInfo, StreamState};
 use crate::keys::{Policy, StreamId};
@@ -81,6 +81,10 @@ pub(in crate::control) struct StreamConfig {
     #[schema(required = true)]
     iv_mode: Option<IvModeName>,
     encrypt_init_sections: bool,
+    on_encrypted: OnEncryptedName,
+    subtitles: SubtitlesName,
+    /// Whether Multivariant Playlists name the newest key in an EXT-X-SESSION-KEY.
+    session_keys: bool,
     /// Target Durations for which segments are still served under a revoked key; 0: not at all.
     #[schema(minimum = 0, maximum = 100, examples(2))]
     revocation_transition: u32,
@@ -100,6 +104,9 @@ impl StreamConfig {
             cdn_ttl: policy.cdn_ttl.as_secs_f64(),
             iv_mode: policy.key_method.has_iv_mode().then(|| policy.iv_mode.into()),
             encrypt_init_sections: policy.encrypt_init_sections,
+            on_encrypted: policy.on_encrypted.into(),
+            subtitles: policy.subtitles.into(),
+            session_keys: policy.session_keys,
             revocation_transition: policy.revocation_transition,
         }
     }

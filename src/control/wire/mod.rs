@@ -123,6 +123,7 @@ mod tests {
                 "rotationInterval": 30, "keyMethod": "AES-128", "segmentsPerKey": 100, "cdnSyncEnabled": true,
                 "preGenerateKeys": 3, "emergencyRotationEnabled": true, "gracePeriod": 300,
                 "leadSegments": 2, "cdnTtl": 60, "ivMode": "segment", "encryptInitSections": false,
+                "onEncrypted": "reject", "subtitles": "encrypt", "sessionKeys": false,
                 "revocationTransition": 2,
             },
             "configured": false,

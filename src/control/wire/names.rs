@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::keys::{IvMode, KeyMethod};
+use crate::keys::{IvMode, KeyMethod, OnEncrypted, Subtitles};
 
 /// AES-128: every player. AES-256 (CBC, not in the specification): hls.js and Shaka Player. AES-256-GCM: Shaka
 /// Player 5.
@@ -64,6 +64,64 @@ impl From<IvModeName> for IvMode {
             IvModeName::Segment => IvMode::Segment,
             IvModeName::Period => IvMode::Period,
             IvModeName::Sequence => IvMode::Sequence,
+        }
+    }
+}
+
+/// What the origin has encrypted already is refused, served as it is under the origin's keys, or decrypted by the
+/// origin's keys and encrypted anew.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[schema(as = OnEncrypted)]
+pub(in crate::control) enum OnEncryptedName {
+    Reject,
+    Pass,
+    Rekey,
+}
+
+impl From<OnEncrypted> for OnEncryptedName {
+    fn from(treatment: OnEncrypted) -> Self {
+        match treatment {
+            OnEncrypted::Reject => OnEncryptedName::Reject,
+            OnEncrypted::Pass => OnEncryptedName::Pass,
+            OnEncrypted::Rekey => OnEncryptedName::Rekey,
+        }
+    }
+}
+
+impl From<OnEncryptedName> for OnEncrypted {
+    fn from(treatment: OnEncryptedName) -> Self {
+        match treatment {
+            OnEncryptedName::Reject => OnEncrypted::Reject,
+            OnEncryptedName::Pass => OnEncrypted::Pass,
+            OnEncryptedName::Rekey => OnEncrypted::Rekey,
+        }
+    }
+}
+
+/// Renditions in WebVTT are encrypted as all others, or served in clear for players that do not decrypt text.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[schema(as = Subtitles)]
+pub(in crate::control) enum SubtitlesName {
+    Encrypt,
+    Clear,
+}
+
+impl From<Subtitles> for SubtitlesName {
+    fn from(treatment: Subtitles) -> Self {
+        match treatment {
+            Subtitles::Encrypt => SubtitlesName::Encrypt,
+            Subtitles::Clear => SubtitlesName::Clear,
+        }
+    }
+}
+
+impl From<SubtitlesName> for Subtitles {
+    fn from(treatment: SubtitlesName) -> Self {
+        match treatment {
+            SubtitlesName::Encrypt => Subtitles::Encrypt,
+            SubtitlesName::Clear => Subtitles::Clear,
         }
     }
 }

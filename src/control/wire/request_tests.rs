@@ -7,7 +7,7 @@ use super::*;
 use crate::control::problem::FieldError;
 use crate::engine::StreamState;
 use crate::hls::{BaseUrl, Mount};
-use crate::keys::{IvMode, KeyMethod, Timestamp};
+use crate::keys::{IvMode, KeyMethod, OnEncrypted, Subtitles, Timestamp};
 
 fn mounts() -> Mounts {
     let base = BaseUrl::parse("https://cdn.example.com").unwrap();
@@ -51,7 +51,8 @@ fn every_rule_can_be_set() {
         "config": {
             "rotationInterval": 0.08, "keyMethod": "AES-256", "segmentsPerKey": 7, "cdnSyncEnabled": false,
             "preGenerateKeys": 5, "emergencyRotationEnabled": false, "gracePeriod": 10, "leadSegments": 0,
-            "cdnTtl": 0, "ivMode": "sequence", "encryptInitSections": true, "revocationTransition": 0
+            "cdnTtl": 0, "ivMode": "sequence", "encryptInitSections": true, "onEncrypted": "rekey",
+            "subtitles": "clear", "sessionKeys": true, "revocationTransition": 0
         }
     }))
     .unwrap();
@@ -67,6 +68,9 @@ fn every_rule_can_be_set() {
         cdn_ttl: Duration::ZERO,
         iv_mode: IvMode::Sequence,
         encrypt_init_sections: true,
+        on_encrypted: OnEncrypted::Rekey,
+        subtitles: Subtitles::Clear,
+        session_keys: true,
         emergency_rotation: false,
         revocation_transition: 0,
     };

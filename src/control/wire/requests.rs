@@ -11,7 +11,7 @@ use url::Url;
 use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Schema, SchemaType, Type};
 use utoipa::{IntoParams, ToSchema};
 
-use super::names::{IvModeName, Method};
+use super::names::{IvModeName, Method, OnEncryptedName, SubtitlesName};
 use crate::control::extract::{present, present_object, present_whole};
 use crate::control::problem::{Faults, Problem};
 use crate::engine::{PolicyChange, StreamChange, StreamInfo, StreamSpec};
@@ -143,6 +143,16 @@ struct ConfigRequest {
     #[serde(default, deserialize_with = "present")]
     #[schema(nullable = false)]
     encrypt_init_sections: Option<bool>,
+    #[serde(default, deserialize_with = "present")]
+    #[schema(nullable = false)]
+    on_encrypted: Option<OnEncryptedName>,
+    #[serde(default, deserialize_with = "present")]
+    #[schema(nullable = false)]
+    subtitles: Option<SubtitlesName>,
+    /// Whether Multivariant Playlists name the newest key in an EXT-X-SESSION-KEY, so that players load it early.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(nullable = false)]
+    session_keys: Option<bool>,
     /// Target Durations for which segments are still served under a revoked key; 0: not at all.
     #[serde(default, deserialize_with = "present_whole")]
     #[schema(nullable = false, minimum = 0, maximum = 100)]
@@ -391,6 +401,9 @@ impl ConfigRequest {
             cdn_ttl: secs(cdn_ttl, base.cdn_ttl),
             iv_mode: self.iv_mode.map_or(base.iv_mode, Into::into),
             encrypt_init_sections: self.encrypt_init_sections.unwrap_or(base.encrypt_init_sections),
+            on_encrypted: self.on_encrypted.map_or(base.on_encrypted, Into::into),
+            subtitles: self.subtitles.map_or(base.subtitles, Into::into),
+            session_keys: self.session_keys.unwrap_or(base.session_keys),
             emergency_rotation: self.emergency_rotation_enabled.unwrap_or(base.emergency_rotation),
             revocation_transition: revocation_transition.unwrap_or(base.revocation_transition),
         }
