@@ -13,8 +13,8 @@ use parking_lot::RwLock;
 use super::live::{ClearInitSigner, LiveKey, Serving};
 use crate::keys::{
     Boundary, DataEncryptionKey, DekId, DekVersion, Edge, KeyFacts, KeyState, Marks, MediaSequenceNumber,
-    Ordinal, PlaylistWindow, REPORT_INTERVAL, Reason, RenditionFacts, Schedule, Situation, StreamFacts,
-    StreamId, Timestamp, plan,
+    OnEncrypted, Ordinal, PlaylistWindow, REPORT_INTERVAL, Reason, RenditionFacts, Schedule, Situation,
+    StreamFacts, StreamId, Subtitles, Timestamp, plan,
 };
 use crate::store::{KeyLife, RenditionRow, StreamRow, StreamState};
 
@@ -204,6 +204,8 @@ pub struct Published {
     keys: BTreeMap<Ordinal, PublishedKey>,
     pub clear_init: Arc<ClearInitSigner>,
     pub encrypt_init_sections: bool,
+    pub on_encrypted: OnEncrypted,
+    pub subtitles: Subtitles,
 }
 
 /// The key of a crypto period, as a playlist shows it.
@@ -262,6 +264,28 @@ impl Stream {
         self.serving.load(Ordering::Acquire)
     }
 
+    /// The path of the shield at which its main playlist plays, with the query that chooses it where there is one.
+    pub fn playlist_path(&self) -> String {
+        self.known.read().row.playlist_path.clone()
+    }
+
+    /// What becomes of a playlist whose segments the origin has encrypted already.
+    pub fn on_encrypted(&self) -> OnEncrypted {
+        self.known.read().row.policy.on_encrypted
+    }
+
+    /// The key that its Multivariant Playlists may name for players to load early: the newest that was promoted, or
+    /// what takes its place since it was revoked. `None` where the policy does not ask for it, and while there is
+    /// none. Whoever serves a playlist that names it notes so ([`LiveKey::named_at`]).
+    pub fn session_key(&self) -> Option<Arc<LiveKey>> {
+        let known = self.known.read();
+        if !known.row.policy.session_keys {
+            return None;
+        }
+        let head = known.keys.get(&known.marks()?.head)?;
+        known.in_place_of(&head.live).filter(|key| key.may_be_named())
+    }
+
     /// What a window calls for; `None` while no key is loaded.
     pub(super) fn call(&self, rendition: &str, window: &PlaylistWindow, now: Timestamp) -> Option<Call> {
         self.known.read().call(rendition, window, now)
@@ -309,17 +333,12 @@ impl Stream {
             (Some(from), Some(to)) if from <= to => known.published(from, to),
             _ => BTreeMap::new(),
         };
-        let clear_init = Arc::clone(known.clear_init.as_ref().ok_or(NotYet::Loaded)?);
-        let encrypt_init_sections = known.row.policy.encrypt_init_sections;
-        Ok(Published { schedule, keys, clear_init, encrypt_init_sections })
+        known.publication(schedule, keys)
     }
 
     /// What a playlist without segments is rewritten with: it names no key, and calls for none.
     pub(super) fn publish_empty(&self) -> Result<Published, NotYet> {
-        let known = self.known.read();
-        let clear_init = known.clear_init.clone().ok_or(NotYet::Loaded)?;
-        let encrypt_init_sections = known.row.policy.encrypt_init_sections;
-        Ok(Published { schedule: Arc::default(), keys: BTreeMap::new(), clear_init, encrypt_init_sections })
+        self.known.read().publication(Arc::default(), BTreeMap::new())
     }
 }
 
@@ -332,6 +351,22 @@ impl Known {
             Some((*ordinal, PublishedKey { signer: Arc::clone(&key.live), cipher }))
         };
         self.keys.range(from..=to).filter_map(published).collect()
+    }
+
+    fn publication(
+        &self,
+        schedule: Arc<Schedule>,
+        keys: BTreeMap<Ordinal, PublishedKey>,
+    ) -> Result<Published, NotYet> {
+        let policy = &self.row.policy;
+        Ok(Published {
+            schedule,
+            keys,
+            clear_init: self.clear_init.clone().ok_or(NotYet::Loaded)?,
+            encrypt_init_sections: policy.encrypt_init_sections,
+            on_encrypted: policy.on_encrypted,
+            subtitles: policy.subtitles,
+        })
     }
 }
 

@@ -1,6 +1,7 @@
 //! The engine on a real store and a clock that stands still.
 
 mod operators;
+mod policies;
 
 use std::path::Path;
 use std::sync::Arc;

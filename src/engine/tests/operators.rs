@@ -4,16 +4,16 @@ use super::*;
 use crate::engine::{OperatorError, PolicyChange, StreamChange, StreamState};
 use crate::keys::{KeyId, KeyState};
 
-fn channel(id: &str, prefix: &str) -> StreamSpec {
+pub(super) fn channel(id: &str, prefix: &str) -> StreamSpec {
     StreamSpec { id: id.parse().unwrap(), prefix: prefix.into(), ..spec() }
 }
 
-fn id() -> crate::keys::StreamId {
+pub(super) fn id() -> crate::keys::StreamId {
     "ch1".parse().unwrap()
 }
 
 /// Waits until `what` holds on a node that hears of it by the store.
-async fn until(mut what: impl AsyncFnMut() -> bool) {
+pub(super) async fn until(mut what: impl AsyncFnMut() -> bool) {
     let holds = async {
         while !what().await {
             tokio::time::sleep(Duration::from_millis(2)).await;
