@@ -5,7 +5,7 @@
 //! resources look alike. Deliberately absent: how a link is spelt (that is `hls`).
 
 use hmac::{Hmac, KeyInit, Mac};
-use sha2::Sha256;
+use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 use super::ids::{KeyId, MediaSequenceNumber};
@@ -45,9 +45,30 @@ impl IvMode {
 pub struct Iv(pub [u8; 16]);
 
 impl Iv {
+    /// The Media Sequence Number, big endian (RFC 8216 §5.2).
+    pub fn of_sequence(msn: MediaSequenceNumber) -> Self {
+        let mut iv = [0; 16];
+        iv[8..].copy_from_slice(&msn.0.to_be_bytes());
+        Self(iv)
+    }
+
     /// As EXT-X-KEY wants it: `0x` and 32 hex digits. Players drop or refuse shorter ones.
     pub fn to_attribute(self) -> String {
         format!("0x{}", hex::encode_upper(self.0))
+    }
+}
+
+/// Names a rendition of low-latency HLS in its links, by 48 bits of a hash.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct RenditionTag(pub [u8; RenditionTag::LEN]);
+
+impl RenditionTag {
+    pub const LEN: usize = 6;
+
+    /// The tag of the rendition that is called so within its stream.
+    pub fn of(rendition: &str) -> Self {
+        let hash = Sha256::digest(rendition.as_bytes());
+        Self(std::array::from_fn(|i| hash[i]))
     }
 }
 
@@ -55,21 +76,59 @@ impl Iv {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Place {
     Segment(MediaSequenceNumber),
+    /// A segment of a rendition with Partial Segments, or one of its parts. A part has its parent's IV, and is
+    /// published before its parent has a URI: so here the IV follows from rendition and number, not from the path.
+    LowLatency {
+        msn: MediaSequenceNumber,
+        rendition: RenditionTag,
+    },
+    /// A whole file of which the entries of an I-frame playlist are ranges.
+    IFrames,
     /// A Media Initialization Section that is encrypted.
     Init,
-    /// A Media Initialization Section that is served in clear, as the policy says.
-    ClearInit,
+    /// What is served as the origin has it, as the policy says: a Media Initialization Section or subtitles in
+    /// clear, a segment that the origin has encrypted already.
+    Clear,
+    /// A key of an origin that encrypts by itself, served as the origin has it.
+    OriginKey,
+    /// A steering manifest: fetched anew for whoever asks.
+    Steering,
+}
+
+impl Place {
+    /// Whether the stream's DEK signs its link, and no content key: nothing is encrypted.
+    pub fn is_served_as_it_is(self) -> bool {
+        matches!(self, Place::Clear | Place::OriginKey | Place::Steering)
+    }
+}
+
+/// `length` bytes of a file from `offset` on. Never empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ByteRange {
+    pub offset: u64,
+    pub length: u64,
+}
+
+impl ByteRange {
+    /// One past its last byte.
+    pub fn end(&self) -> u64 {
+        self.offset.saturating_add(self.length)
+    }
 }
 
 /// One thing that can be fetched through a link: which key, which origin, which path, which place.
 ///
-/// `signer` is the ID that the link names: a content key's, or for [`Place::ClearInit`] the DEK's.
+/// `signer` is the ID that the link names: a content key's, or the DEK's for what is served as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Resource<'a> {
     pub signer: &'a [u8; KeyId::LEN],
     pub origin: &'a str,
     pub path: &'a str,
     pub place: Place,
+    /// `None`: the whole file.
+    pub range: Option<ByteRange>,
+    /// The origin has encrypted it: it is decrypted first, by a key that the request names.
+    pub is_rekeyed: bool,
 }
 
 /// A link's proof: HMAC-SHA-256 cut to 96 bits. Compared in constant time.
@@ -100,22 +159,38 @@ impl LinkKey {
 
     /// The IV of `resource` under `mode`.
     ///
-    /// An init section has no Media Sequence Number, so its IV is derived in every mode; the specification
-    /// wants it written either way (draft-pantos-hls-rfc8216bis-22 §4.4.4.5).
+    /// An init section has no Media Sequence Number, and a file of I-frames has several, so their IVs are derived
+    /// where a mode would need one; the specification wants that of an init section written either way
+    /// (draft-pantos-hls-rfc8216bis-22 §4.4.4.5).
     pub fn iv(&self, mode: IvMode, resource: &Resource<'_>) -> Iv {
         match (mode, resource.place) {
-            (IvMode::Sequence, Place::Segment(msn)) => {
-                let mut iv = [0; 16];
-                iv[8..].copy_from_slice(&msn.0.to_be_bytes());
-                Iv(iv)
-            }
-            (IvMode::Period, Place::Segment(_)) => {
+            (IvMode::Sequence, Place::Segment(msn) | Place::LowLatency { msn, .. }) => Iv::of_sequence(msn),
+            (IvMode::Period, Place::Segment(_) | Place::LowLatency { .. } | Place::IFrames) => {
                 let mut mac = self.keyed("iv of a period");
                 part(&mut mac, resource.signer);
                 Iv(head(mac))
             }
+            (IvMode::Segment, Place::LowLatency { msn, rendition }) => {
+                let mut mac = self.keyed("iv of a low-latency segment");
+                part(&mut mac, resource.signer);
+                part(&mut mac, resource.origin.as_bytes());
+                part(&mut mac, &rendition.0);
+                part(&mut mac, &msn.0.to_be_bytes());
+                Iv(head(mac))
+            }
             _ => Iv(head(self.hmac("iv", resource, b""))),
         }
+    }
+
+    /// The IV of AES-256-GCM, which stands at the beginning of the segment. It covers the plaintext too: the same
+    /// IV must never be used for two plaintexts, and an origin may serve other bytes at the same path.
+    pub fn gcm_iv(&self, resource: &Resource<'_>, plaintext: &[u8]) -> Iv {
+        Iv(head(self.hmac("iv of GCM", resource, &Sha256::digest(plaintext))))
+    }
+
+    /// The MAC of the reference to an origin's key, and the IV with it, that travel behind a link.
+    pub fn origin_key_mac(&self, resource: &Resource<'_>, reference: &str, iv: Iv) -> LinkMac {
+        LinkMac(head(self.hmac("origin key", resource, &[&iv.0, reference.as_bytes()].concat())))
     }
 
     fn keyed(&self, label: &str) -> Hmac<Sha256> {
@@ -133,10 +208,23 @@ impl LinkKey {
         part(&mut mac, resource.path.as_bytes());
         match resource.place {
             Place::Segment(msn) => part(&mut mac, &msn.0.to_be_bytes()),
+            Place::LowLatency { msn, rendition } => {
+                part(&mut mac, &[&msn.0.to_be_bytes()[..], &rendition.0].concat());
+            }
+            Place::IFrames => part(&mut mac, b"iframes"),
             Place::Init => part(&mut mac, b"init"),
-            Place::ClearInit => part(&mut mac, b"clear"),
+            Place::Clear => part(&mut mac, b"clear"),
+            Place::OriginKey => part(&mut mac, b"key"),
+            Place::Steering => part(&mut mac, b"steering"),
         }
         part(&mut mac, extra);
+        // Parts that are there or not, behind those that are always there: no two resources look alike.
+        if let Some(range) = resource.range {
+            part(&mut mac, &[range.offset.to_be_bytes(), range.length.to_be_bytes()].concat());
+        }
+        if resource.is_rekeyed {
+            part(&mut mac, b"rekeyed");
+        }
         mac
     }
 }
@@ -174,7 +262,11 @@ mod tests {
     }
 
     fn resource(origin: &'static str, path: &'static str, place: Place) -> Resource<'static> {
-        Resource { signer: &SIGNER, origin, path, place }
+        Resource { signer: &SIGNER, origin, path, place, range: None, is_rekeyed: false }
+    }
+
+    fn low_latency(msn: u64, rendition: &str) -> Place {
+        Place::LowLatency { msn: MediaSequenceNumber(msn), rendition: RenditionTag::of(rendition) }
     }
 
     fn segment(msn: u64) -> Place {
@@ -189,9 +281,16 @@ mod tests {
             resource("a", "/live/2.ts", segment(1)),
             resource("a", "/live/1.ts", segment(2)),
             resource("a", "/live/1.ts", Place::Init),
-            resource("a", "/live/1.ts", Place::ClearInit),
+            resource("a", "/live/1.ts", Place::Clear),
+            resource("a", "/live/1.ts", Place::OriginKey),
+            resource("a", "/live/1.ts", Place::IFrames),
+            resource("a", "/live/1.ts", low_latency(1, "v.m3u8")),
+            resource("a", "/live/1.ts", low_latency(1, "w.m3u8")),
             resource("a/", "live/1.ts", segment(1)),
             Resource { signer: &[2; 16], ..base },
+            Resource { range: Some(ByteRange { offset: 0, length: 1 }), ..base },
+            Resource { range: Some(ByteRange { offset: 1, length: 0 }), ..base },
+            Resource { is_rekeyed: true, ..base },
         ];
         for other in others {
             assert_ne!(key().link_mac(&base), key().link_mac(&other), "{other:?}");
@@ -221,6 +320,23 @@ mod tests {
         assert_eq!(one, two);
         let other_key = Resource { signer: &[2; 16], ..resource("a", "/1.ts", segment(1)) };
         assert_ne!(one, key().iv(IvMode::Period, &other_key));
+    }
+
+    #[test]
+    fn a_part_has_the_iv_of_its_parent_and_no_other_rendition_has_it() {
+        let iv = |path, place| key().iv(IvMode::Segment, &resource("a", path, place));
+        let parent = iv("/7.m4s", low_latency(7, "v.m3u8"));
+        assert_eq!(iv("/7.1.m4s", low_latency(7, "v.m3u8")), parent);
+        assert_ne!(iv("/7.m4s", low_latency(8, "v.m3u8")), parent);
+        assert_ne!(iv("/7.m4s", low_latency(7, "w.m3u8")), parent);
+    }
+
+    #[test]
+    fn the_iv_of_gcm_is_another_one_for_another_plaintext() {
+        let base = resource("a", "/1.ts", segment(1));
+        assert_eq!(key().gcm_iv(&base, b"one"), key().gcm_iv(&base, b"one"));
+        assert_ne!(key().gcm_iv(&base, b"one"), key().gcm_iv(&base, b"two"));
+        assert_ne!(key().gcm_iv(&base, b"one"), key().gcm_iv(&resource("a", "/2.ts", segment(1)), b"one"));
     }
 
     #[test]

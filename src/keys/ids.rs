@@ -131,7 +131,7 @@ impl fmt::Display for Ordinal {
 }
 
 /// A Media Segment's number in its Media Playlist (RFC 8216 §3).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MediaSequenceNumber(pub u64);
 
 impl MediaSequenceNumber {

@@ -17,7 +17,7 @@ mod secret;
 mod sweep;
 mod time;
 
-pub use derive::{Iv, IvMode, LinkMac, Place, Resource};
+pub use derive::{ByteRange, Iv, IvMode, LinkMac, Place, RenditionTag, Resource};
 pub use envelope::{Context, EnvelopeError, NONCE_LEN, SEAL_OVERHEAD, open, seal};
 pub use ids::{DekId, DekVersion, IdError, KeyId, MediaSequenceNumber, Ordinal, StreamId};
 pub use lifecycle::{KeyState, TRANSITIONS, Transition};
