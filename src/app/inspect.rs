@@ -87,8 +87,7 @@ pub(super) async fn fetch_url(url: &str, limit: usize) -> anyhow::Result<(Status
     let base = BaseUrl::parse(&parsed.origin().ascii_serialization())?;
     let mount = Mount::new("inspected".into(), "/", vec![base], false)?;
     let upstream = Upstream::new(TIMEOUTS, 4, None, Metrics::new());
-    let request =
-        OriginRequest { mount: &mount, path: parsed.path(), query: parsed.query(), accept_gzip: false };
+    let request = OriginRequest { query: parsed.query(), ..OriginRequest::to(&mount, parsed.path()) };
     let mut response = upstream.fetch(request).await?;
     let status = response.header.status;
     Ok((status, response.body(limit).await?))

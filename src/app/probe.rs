@@ -26,8 +26,10 @@ impl UpstreamProbe {
 #[async_trait]
 impl OriginProbe for UpstreamProbe {
     async fn probe(&self, place: &OriginPath<'_>) -> Result<(), String> {
-        let fetched =
-            tokio::time::timeout(self.timeout, playlist_body(&self.upstream, place, self.max_bytes));
+        let fetched = tokio::time::timeout(
+            self.timeout,
+            playlist_body(&self.upstream, place, self.max_bytes, Duration::ZERO),
+        );
         let body = fetched.await.map_err(|_| "timed out".to_owned())?.map_err(|error| reason(&error))?;
         let playlist = Playlist::parse(&body).map_err(|error| error.to_string())?;
         if playlist.kind() == Kind::Media {

@@ -7,8 +7,8 @@ use sha2::{Digest, Sha256};
 
 use crate::entropy;
 use crate::hls::{
-    BaseUrl, CipherKey, Kind, MediaRewrite, Mount, Mounts, OriginPath, PeriodKey, Playlist, rewrite_media,
-    rewrite_multivariant,
+    BaseUrl, CipherKey, Kind, MediaRewrite, Mount, Mounts, PeriodKey, Playlist, Surroundings,
+    VariableSources, rewrite_media, rewrite_multivariant,
 };
 use crate::keys::{
     DekId, KeyId, LinkKey, Marks, MediaSequenceNumber, Ordinal, Policy, Schedule, Situation, plan,
@@ -36,9 +36,20 @@ pub fn rewrite(input: &[u8], options: &RewriteOptions) -> anyhow::Result<String>
     let mounts = mounts(options)?;
     let from = mounts.place_of(&options.url)?;
     let playlist = Playlist::parse(input)?;
+    let keys = SampleKeys::new(options.seed);
+    let (dek, clear) = keys.clear_init();
+    let surroundings = Surroundings {
+        mounts: &mounts,
+        from: &from,
+        is_protected: &|_| true,
+        on_encrypted: options.policy.on_encrypted,
+        variables: VariableSources { query: from.query.as_deref(), imported: None },
+        key_uri_base: "/api/hls/keys/",
+        clear: (dek, &clear),
+    };
     match playlist.kind() {
-        Kind::Multivariant => Ok(rewrite_multivariant(&playlist, &mounts, &from, &|_| true)?),
-        Kind::Media => media(&playlist, &mounts, &from, options),
+        Kind::Multivariant => Ok(rewrite_multivariant(&playlist, &surroundings, None)?),
+        Kind::Media => media(&playlist, &keys, surroundings, options),
     }
 }
 
@@ -62,8 +73,8 @@ fn mounts(options: &RewriteOptions) -> anyhow::Result<Mounts> {
 
 fn media(
     playlist: &Playlist<'_>,
-    mounts: &Mounts,
-    from: &OriginPath<'_>,
+    keys: &SampleKeys,
+    surroundings: Surroundings<'_>,
     options: &RewriteOptions,
 ) -> anyhow::Result<String> {
     let facts = playlist.media_facts()?;
@@ -80,7 +91,6 @@ fn media(
         },
     );
     let schedule = Schedule::from_rows(0, planned.into_iter().map(|(boundary, _)| boundary).collect());
-    let keys = SampleKeys::new(options.seed);
     let by_ordinal: BTreeMap<_, _> =
         schedule.boundaries().iter().map(|b| (b.ordinal, keys.key(b.ordinal))).collect();
     let policy = &options.policy;
@@ -89,16 +99,14 @@ fn media(
         let cipher = CipherKey { id: *id, method: policy.key_method, iv_mode: policy.iv_mode, link };
         Some(PeriodKey { signer: (*id, link), cipher, successor: None })
     };
-    let (dek, clear_link) = keys.clear_init();
+    let rendition = &surroundings.from.path;
     let rewritten = rewrite_media(
         playlist,
         &MediaRewrite {
-            mounts,
-            from,
-            is_protected: &|_| true,
+            surroundings,
+            rendition,
             encrypt_init_sections: policy.encrypt_init_sections,
-            key_uri_base: "/api/hls/keys/",
-            clear_init: (dek, &clear_link),
+            subtitles: policy.subtitles,
             key_at: &key_at,
         },
     );

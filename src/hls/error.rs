@@ -22,10 +22,16 @@ pub enum Problem {
     WrongPlaylist { tag: &'static str, playlist: &'static str },
     #[error("{tag}: {why}")]
     BadTag { tag: String, why: String },
-    #[error("the origin's segments are already encrypted (METHOD={method})")]
+    #[error(
+        "the origin's segments are already encrypted (METHOD={method}); on_encrypted says what becomes of such a stream"
+    )]
     AlreadyEncrypted { method: String },
-    #[error("{tag} is not supported yet, and leaving it alone would serve what cannot be played")]
-    Unsupported { tag: &'static str },
+    #[error(
+        "what the origin has encrypted so cannot be encrypted anew ({why}); on_encrypted = \"pass\" leaves it"
+    )]
+    NotRekeyable { why: String },
+    #[error("the variable {name:?} is not defined")]
+    UndefinedVariable { name: String },
     #[error("the URI {uri:?} cannot be followed: {why}")]
     BadUri { uri: String, why: String },
     #[error("more than {limit} segments")]

@@ -1,11 +1,12 @@
 //! How a segment link is spelt, and read back.
 //!
-//! `{dir}/~{signer}.{place}.{mac}/{file name}`: one path component before the file name, so that relative
-//! resolution, file extensions and caches that drop queries keep working. The signer is the ID of a content
-//! key (or, for an init section that is served in clear, of the DEK), the place is a Media Sequence Number,
-//! `init` or `clear`, the MAC is base64url. An origin's own query travels behind it as one parameter with a
-//! MAC of its own, in characters that no player re-encodes; whatever else stands in the query (CMCD, a
-//! viewer's token) is not covered.
+//! `{dir}/~{signer}.{place}[.{offset}-{length}][.k].{mac}/{file name}`: one path component before the file name, so
+//! that relative resolution, file extensions and caches that drop queries keep working. The signer is the ID of a
+//! content key (or, for what is served as the origin has it, of the DEK), the place is a Media Sequence Number (in
+//! low-latency renditions with the rendition's tag behind it), `iframes`, `init`, `clear`, `key` or `steering`, `k` says that the
+//! origin's own encryption is undone first, the MAC is base64url. An origin's own query, and the reference to its
+//! key, travel behind it as one parameter each with a MAC of its own, in characters that no player re-encodes;
+//! whatever else stands in the query (CMCD, a viewer's token) is not covered.
 //!
 //! Deliberately absent: whether a MAC is right. Only who holds the link key can say.
 
@@ -15,10 +16,18 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use thiserror::Error;
 
-use crate::keys::{KeyId, LinkKey, LinkMac, MediaSequenceNumber, Ordinal, Place, Resource};
+use crate::keys::{
+    ByteRange, Iv, KeyId, LinkKey, LinkMac, MediaSequenceNumber, Ordinal, Place, RenditionTag, Resource,
+};
 
 /// The query parameter that carries the origin's own query.
 pub const ORIGIN_QUERY_PARAM: &str = "_oq";
+
+/// The query parameter that carries the reference to the origin's key, and the IV with it.
+const ORIGIN_KEY_PARAM: &str = "_ok";
+
+/// What says in a link that the origin's own encryption is undone first.
+const REKEYED: &str = "k";
 
 /// The query parameter that names the ordinal of the key that has taken a revoked one's place: it makes another
 /// cache entry of a path that stays what it was.
@@ -29,6 +38,8 @@ pub const SUCCESSOR_PARAM: &str = "r";
 pub struct Link {
     pub signer: [u8; KeyId::LEN],
     pub place: Place,
+    pub range: Option<ByteRange>,
+    pub is_rekeyed: bool,
     pub mac: LinkMac,
 }
 
@@ -39,6 +50,11 @@ pub enum LinkError {
     Malformed,
     #[error("the origin query behind the segment link is malformed or was changed")]
     BadQuery,
+    #[error(
+        "the reference to the origin's key behind the segment link (the parameter _ok) is missing, malformed or was \
+         changed; a cache that drops queries may have lost it"
+    )]
+    BadOriginKey,
 }
 
 impl fmt::Display for Link {
@@ -46,8 +62,18 @@ impl fmt::Display for Link {
         write!(f, "~{}.", hex::encode(self.signer))?;
         match self.place {
             Place::Segment(msn) => write!(f, "{msn}")?,
+            Place::LowLatency { msn, rendition } => write!(f, "{msn}-{}", hex::encode(rendition.0))?,
+            Place::IFrames => f.write_str("iframes")?,
             Place::Init => f.write_str("init")?,
-            Place::ClearInit => f.write_str("clear")?,
+            Place::Clear => f.write_str("clear")?,
+            Place::OriginKey => f.write_str("key")?,
+            Place::Steering => f.write_str("steering")?,
+        }
+        if let Some(ByteRange { offset, length }) = self.range {
+            write!(f, ".{offset}-{length}")?;
+        }
+        if self.is_rekeyed {
+            write!(f, ".{REKEYED}")?;
         }
         write!(f, ".{}", URL_SAFE_NO_PAD.encode(self.mac.0))
     }
@@ -56,24 +82,71 @@ impl fmt::Display for Link {
 impl Link {
     /// The link to `resource`, signed.
     pub fn to_resource(resource: &Resource<'_>, link_key: &LinkKey) -> Self {
-        Self { signer: *resource.signer, place: resource.place, mac: link_key.link_mac(resource) }
+        Self {
+            signer: *resource.signer,
+            place: resource.place,
+            range: resource.range,
+            is_rekeyed: resource.is_rekeyed,
+            mac: link_key.link_mac(resource),
+        }
+    }
+
+    /// What the link leads to, if it stands before a file of this path.
+    pub fn resource<'a>(&'a self, origin: &'a str, path: &'a str) -> Resource<'a> {
+        Resource {
+            signer: &self.signer,
+            origin,
+            path,
+            place: self.place,
+            range: self.range,
+            is_rekeyed: self.is_rekeyed,
+        }
     }
 
     fn parse(component: &str) -> Option<Self> {
-        let (signer, rest) = strip_tilde(component)?.split_once('.')?;
-        let (place, mac) = rest.split_once('.')?;
-        let place = match place {
-            "init" => Place::Init,
-            "clear" => Place::ClearInit,
-            number => {
-                let msn: u64 = number.parse().ok()?;
-                // One spelling a number: `+7` and `007` would be other cache entries of segment 7.
-                (msn.to_string() == number).then_some(Place::Segment(MediaSequenceNumber(msn)))?
-            }
+        let mut parts = strip_tilde(component)?.split('.');
+        let signer = *parts.next()?.parse::<KeyId>().ok()?.as_bytes();
+        let place = parse_place(parts.next()?)?;
+        let mac = URL_SAFE_NO_PAD.decode(parts.next_back()?).ok()?.try_into().ok().map(LinkMac)?;
+        let mut between = parts.peekable();
+        let range = match between.next_if(|part| *part != REKEYED) {
+            Some(text) => Some(parse_range(text)?),
+            None => None,
         };
-        let mac = URL_SAFE_NO_PAD.decode(mac).ok()?.try_into().ok().map(LinkMac)?;
-        Some(Self { signer: *signer.parse::<KeyId>().ok()?.as_bytes(), place, mac })
+        let is_rekeyed = between.next_if_eq(&REKEYED).is_some();
+        between.next().is_none().then_some(Self { signer, place, range, is_rekeyed, mac })
     }
+}
+
+fn parse_place(text: &str) -> Option<Place> {
+    Some(match text {
+        "iframes" => Place::IFrames,
+        "init" => Place::Init,
+        "clear" => Place::Clear,
+        "key" => Place::OriginKey,
+        "steering" => Place::Steering,
+        number => match number.split_once('-') {
+            None => Place::Segment(MediaSequenceNumber(parse_number(number)?)),
+            Some((number, tag)) => {
+                let msn = MediaSequenceNumber(parse_number(number)?);
+                let mut rendition = [0; RenditionTag::LEN];
+                hex::decode_to_slice(tag, &mut rendition).ok()?;
+                (hex::encode(rendition) == tag)
+                    .then_some(Place::LowLatency { msn, rendition: RenditionTag(rendition) })?
+            }
+        },
+    })
+}
+
+fn parse_range(text: &str) -> Option<ByteRange> {
+    let (offset, length) = text.split_once('-')?;
+    Some(ByteRange { offset: parse_number(offset)?, length: parse_number(length)? })
+}
+
+/// One spelling a number: `+7` and `007` would be other cache entries of what 7 names.
+fn parse_number(text: &str) -> Option<u64> {
+    let number: u64 = text.parse().ok()?;
+    (number.to_string() == text).then_some(number)
 }
 
 /// Some clients write the tilde percent-encoded; RFC 3986 §2.3 makes the two spellings one.
@@ -116,10 +189,40 @@ impl LinkedPath {
     }
 }
 
+/// The key by which the origin has encrypted something: where it is, as a path of the shield with the origin's query,
+/// and the IV.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct OriginKey {
+    pub reference: String,
+    pub iv: [u8; 16],
+}
+
 /// The query parameter that carries an origin's own query, with its MAC.
 pub(super) fn write_origin_query(query: &str, resource: &Resource<'_>, link_key: &LinkKey) -> String {
     let mac = URL_SAFE_NO_PAD.encode(link_key.query_mac(resource, query).0);
     format!("{ORIGIN_QUERY_PARAM}={}.{mac}", URL_SAFE_NO_PAD.encode(query))
+}
+
+/// The query parameter that carries the reference to an origin's key, with its MAC.
+pub(super) fn write_origin_key(key: &OriginKey, resource: &Resource<'_>, link_key: &LinkKey) -> String {
+    let mac = URL_SAFE_NO_PAD.encode(link_key.origin_key_mac(resource, &key.reference, Iv(key.iv)).0);
+    let reference = URL_SAFE_NO_PAD.encode(&key.reference);
+    format!("{ORIGIN_KEY_PARAM}={reference}.{}.{mac}", hex::encode(key.iv))
+}
+
+/// The value of a parameter that stands in a query at most once.
+fn only_value<'q>(query: &'q str, param: &str) -> Result<Option<&'q str>, ()> {
+    let mut values = query.split('&').filter_map(|part| part.strip_prefix(param)?.strip_prefix('='));
+    let value = values.next();
+    if values.next().is_some() { Err(()) } else { Ok(value) }
+}
+
+fn decode(text: &str) -> Option<String> {
+    String::from_utf8(URL_SAFE_NO_PAD.decode(text).ok()?).ok()
+}
+
+fn decode_mac(text: &str) -> Option<LinkMac> {
+    URL_SAFE_NO_PAD.decode(text).ok()?.try_into().ok().map(LinkMac)
 }
 
 impl Link {
@@ -132,20 +235,39 @@ impl Link {
         resource: &Resource<'_>,
         link_key: &LinkKey,
     ) -> Result<Option<String>, LinkError> {
-        let mut values =
-            query.split('&').filter_map(|part| part.strip_prefix(ORIGIN_QUERY_PARAM)?.strip_prefix('='));
-        let Some(value) = values.next() else { return Ok(None) };
-        if values.next().is_some() {
-            return Err(LinkError::BadQuery);
+        let Some(value) = only_value(query, ORIGIN_QUERY_PARAM).map_err(|()| LinkError::BadQuery)? else {
+            return Ok(None);
+        };
+        let read = || {
+            let (query, mac) = value.split_once('.')?;
+            let (query, mac) = (decode(query)?, decode_mac(mac)?);
+            (link_key.query_mac(resource, &query) == mac).then_some(query)
+        };
+        read().ok_or(LinkError::BadQuery).map(Some)
+    }
+
+    /// The origin's key out of a request's query; `None` when the resource is not encrypted by its origin.
+    ///
+    /// # Errors
+    /// [`LinkError::BadOriginKey`] when it is, and the query does not say how, as the shield wrote it.
+    pub fn read_origin_key(
+        query: &str,
+        resource: &Resource<'_>,
+        link_key: &LinkKey,
+    ) -> Result<Option<OriginKey>, LinkError> {
+        if !resource.is_rekeyed {
+            return Ok(None);
         }
-        let decode = |text| URL_SAFE_NO_PAD.decode(text).map_err(|_| LinkError::BadQuery);
-        let (query, mac) = value.split_once('.').ok_or(LinkError::BadQuery)?;
-        let query = String::from_utf8(decode(query)?).map_err(|_| LinkError::BadQuery)?;
-        let mac: [u8; LinkMac::LEN] = decode(mac)?.try_into().map_err(|_| LinkError::BadQuery)?;
-        if link_key.query_mac(resource, &query) != LinkMac(mac) {
-            return Err(LinkError::BadQuery);
-        }
-        Ok(Some(query))
+        let read = || {
+            let mut parts = only_value(query, ORIGIN_KEY_PARAM).ok()??.splitn(3, '.');
+            let reference = decode(parts.next()?)?;
+            let mut iv = [0; 16];
+            hex::decode_to_slice(parts.next()?, &mut iv).ok()?;
+            let mac = decode_mac(parts.next()?)?;
+            let key = OriginKey { reference, iv };
+            (link_key.origin_key_mac(resource, &key.reference, Iv(iv)) == mac).then_some(key)
+        };
+        read().ok_or(LinkError::BadOriginKey).map(Some)
     }
 }
 
@@ -162,7 +284,14 @@ mod tests {
     const SIGNER: [u8; 16] = [0xab; 16];
 
     fn resource(place: Place) -> Resource<'static> {
-        Resource { signer: &SIGNER, origin: "main", path: "/live/ch1/seg_812.ts", place }
+        Resource {
+            signer: &SIGNER,
+            origin: "main",
+            path: "/live/ch1/seg_812.ts",
+            place,
+            range: None,
+            is_rekeyed: false,
+        }
     }
 
     fn key() -> LinkKey {
@@ -171,8 +300,15 @@ mod tests {
 
     #[test]
     fn a_link_reads_back_as_written() {
-        for place in [Place::Segment(MediaSequenceNumber(812)), Place::Init, Place::ClearInit] {
-            let link = Link::to_resource(&resource(place), &key());
+        let msn = MediaSequenceNumber(812);
+        let low_latency = Place::LowLatency { msn, rendition: RenditionTag::of("/live/ch1/v.m3u8") };
+        let places =
+            [Place::Segment(msn), low_latency, Place::IFrames, Place::Init, Place::Clear, Place::OriginKey];
+        let ranges = [None, Some(ByteRange { offset: 0, length: 7 })];
+        let all = places.into_iter().flat_map(|place| ranges.map(|range| (place, range)));
+        for (at, (place, range)) in all.enumerate() {
+            let link =
+                Link::to_resource(&Resource { range, is_rekeyed: at % 3 == 0, ..resource(place) }, &key());
             let path = LinkedPath::insert("/live/ch1/seg_812.ts", &link);
             let read = LinkedPath::parse(&path).unwrap().unwrap();
             assert_eq!(read, LinkedPath { link, path: "/live/ch1/seg_812.ts".into() });
@@ -208,6 +344,12 @@ mod tests {
             format!("~{id}.1.AAAA"),
             format!("~{id}.1.{mac}.x"),
             format!("~{id}.other.{mac}"),
+            format!("~{id}.1-ABCDEF012345.{mac}"),
+            format!("~{id}.1-abcdef.{mac}"),
+            format!("~{id}.1.0-07.{mac}"),
+            format!("~{id}.1.7.{mac}"),
+            format!("~{id}.1.k.0-7.{mac}"),
+            format!("~{id}.1.k.k.{mac}"),
         ] {
             let parsed = LinkedPath::parse(&format!("/live/{bad}/seg.ts"));
             assert_eq!(parsed, Err(LinkError::Malformed), "{bad}");
@@ -227,6 +369,23 @@ mod tests {
             assert_eq!(read.unwrap().as_deref(), Some("sig=a/b+c&e=1"));
         }
         assert_eq!(Link::read_origin_query("CMCD=x", &resource(place), &key()), Ok(None));
+    }
+
+    #[test]
+    fn an_origins_key_is_bound_to_its_resource_and_must_be_there() {
+        let rekeyed = Resource { is_rekeyed: true, ..resource(Place::Segment(MediaSequenceNumber(1))) };
+        let other = Resource { path: "/live/ch1/seg_813.ts", ..rekeyed };
+        let origin_key = OriginKey { reference: "/keys/1.bin?t=1".into(), iv: [5; 16] };
+        let written = write_origin_key(&origin_key, &rekeyed, &key());
+        let read = |query: &str, resource: &Resource<'_>| Link::read_origin_key(query, resource, &key());
+        assert_eq!(read(&format!("{written}&CMCD=x"), &rekeyed), Ok(Some(origin_key)));
+        assert_eq!(read(&written, &resource(Place::Init)), Ok(None), "nothing to undo");
+        for bad in
+            ["", "_ok=", "_ok=a.b.c", &format!("{written}&{written}"), &written.replace("0505", "0506")]
+        {
+            assert_eq!(read(bad, &rekeyed), Err(LinkError::BadOriginKey), "{bad}");
+        }
+        assert_eq!(read(&written, &other), Err(LinkError::BadOriginKey));
     }
 
     #[test]

@@ -1,63 +1,146 @@
 //! A Multivariant Playlist as the shield publishes it.
 //!
 //! Paths of the shield are the paths of the origin, so relative URIs stay as they are. What changes is what
-//! names an origin by its host or its root: it is led through that origin's mount. Deliberately absent: keys,
-//! which only Media Playlists name.
+//! names an origin by its host or its root: it is led through that origin's mount. What is neither a playlist nor media
+//! (session data, the steering manifest, keys of an origin that encrypts by itself) is linked, so that it can be
+//! fetched at all; where it lies at no allowed origin, it is the player's own business and stays.
 
-use super::attributes::Attributes;
+use quick_m3u8::tag::IntoInnerTag;
+use quick_m3u8::tag::hls::SessionKey as SessionKeyTag;
+
+use super::attributes::{Attributes, Edits};
+use super::encrypted::Encryption;
 use super::error::{PlaylistError, Problem};
-use super::mounts::{Mounts, Place as OriginPath};
-use super::playlist::{Content, Playlist};
+use super::linker::{Surroundings, Target};
+use super::playlist::{Content, Line, Playlist};
+use super::variables::Variables;
+use crate::keys::{KeyId, KeyMethod, OnEncrypted, Place};
 
-/// Rewrites a Multivariant Playlist that lies at `from`.
+/// A key that players may load before a Media Playlist names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SessionKey {
+    pub id: KeyId,
+    pub method: KeyMethod,
+}
+
+/// Rewrites a Multivariant Playlist.
 ///
 /// # Errors
-/// The first line with a URI that leads to no allowed origin, and what is encrypted or variable already.
+/// The first line with a URI that leads to no allowed origin, what is encrypted already, and variables that are not
+/// defined.
 pub fn rewrite_multivariant(
     playlist: &Playlist<'_>,
-    mounts: &Mounts,
-    from: &OriginPath<'_>,
-    is_protected: &dyn Fn(&OriginPath<'_>) -> bool,
+    around: &Surroundings<'_>,
+    session_key: Option<SessionKey>,
 ) -> Result<String, PlaylistError> {
     let mut out = String::with_capacity(playlist.lines.len() * 96);
     if playlist.byte_order_mark {
         out.push('\u{feff}');
     }
+    let mut variables = Variables::default();
+    // Before the first line that is about renditions.
+    let mut session_key = session_key;
     for (number, line) in (1..).zip(&playlist.lines) {
-        let text = match line.content {
-            Content::Uri => mapped(line.text, mounts, from, is_protected),
-            Content::Tag(tag) => match tag.name() {
-                "-X-MEDIA" | "-X-I-FRAME-STREAM-INF" => Attributes::of(tag).and_then(|attributes| {
-                    let Some(uri) = attributes.quoted("URI") else { return Ok(None) };
-                    let mapped = mapped(uri, mounts, from, is_protected)?;
-                    Ok(mapped.map(|by| Attributes::splice(line.text, uri, &by)))
-                }),
-                "-X-SESSION-KEY" => {
-                    Err(Problem::AlreadyEncrypted { method: "in EXT-X-SESSION-KEY".to_owned() })
-                }
-                "-X-DEFINE" => Err(Problem::Unsupported { tag: "EXT-X-DEFINE" }),
-                _ => Ok(None),
-            },
-            Content::Other => Ok(None),
+        if is_about_renditions(line)
+            && let Some(key) = session_key.take()
+        {
+            out.push_str(&session_key_line(key, around));
+            out.push_str(if line.ending.is_empty() { "\n" } else { line.ending });
         }
-        .map_err(|problem| problem.at(number))?;
-        out.push_str(text.as_deref().unwrap_or(line.text));
+        let rewritten = match line.content {
+            Content::Tag(tag) if tag.name() == "-X-DEFINE" => {
+                variables.define(tag, around.variables).map(|()| Rewritten::Same)
+            }
+            _ => variables.check(line).and_then(|()| rewrite_line(line, &variables, around)),
+        };
+        match rewritten.map_err(|problem| problem.at(number))? {
+            Rewritten::Same => out.push_str(line.text),
+            Rewritten::As(text) => out.push_str(&text),
+            Rewritten::Gone => continue,
+        }
         out.push_str(line.ending);
     }
     Ok(out)
 }
 
-/// The shield's path for a URI that names its origin by host or root; `None` where the URI can stay.
-fn mapped(
-    uri: &str,
-    mounts: &Mounts,
-    from: &OriginPath<'_>,
-    is_protected: &dyn Fn(&OriginPath<'_>) -> bool,
-) -> Result<Option<String>, Problem> {
+/// What becomes of a line.
+enum Rewritten {
+    Same,
+    As(String),
+    Gone,
+}
+
+fn rewrite_line(
+    line: &Line<'_>,
+    variables: &Variables,
+    around: &Surroundings<'_>,
+) -> Result<Rewritten, Problem> {
+    let tag = match line.content {
+        Content::Uri => {
+            let plain = variables.substitute(line.text)?;
+            let mapped =
+                playlist_uri(&plain, around)?.or_else(|| (plain != line.text).then(|| plain.into_owned()));
+            return Ok(mapped.map_or(Rewritten::Same, Rewritten::As));
+        }
+        Content::Tag(tag) => tag,
+        Content::Other => return Ok(Rewritten::Same),
+    };
+    let name = match tag.name() {
+        "-X-CONTENT-STEERING" => "SERVER-URI",
+        "-X-MEDIA" | "-X-I-FRAME-STREAM-INF" | "-X-SESSION-DATA" | "-X-SESSION-KEY" => "URI",
+        _ => return Ok(Rewritten::Same),
+    };
+    let attributes = Attributes::of(tag)?;
+    if tag.name() == "-X-SESSION-KEY" {
+        // What is encrypted anew is not decrypted by the origin's keys.
+        match Encryption::behind(&attributes, around.on_encrypted)? {
+            Encryption::Kept => {}
+            _ if around.on_encrypted == OnEncrypted::Rekey => return Ok(Rewritten::Gone),
+            _ => return Err(attributes.bad("METHOD=NONE names no key (D22 §4.4.6.5)".into())),
+        }
+    }
+    let Some(uri) = attributes.quoted(name) else { return Ok(Rewritten::Same) };
+    let plain = variables.substitute(uri)?;
+    let by = match tag.name() {
+        "-X-MEDIA" | "-X-I-FRAME-STREAM-INF" => playlist_uri(&plain, around)?,
+        "-X-SESSION-DATA" => linked(&plain, Place::Clear, around)?,
+        "-X-SESSION-KEY" => linked(&plain, Place::OriginKey, around)?,
+        _ => linked(&plain, Place::Steering, around)?,
+    };
+    let Some(by) = by.or_else(|| (plain != uri).then(|| plain.into_owned())) else {
+        return Ok(Rewritten::Same);
+    };
+    let mut edits = Edits::of(line.text);
+    edits.replace(uri, by);
+    Ok(Rewritten::As(edits.apply()))
+}
+
+/// The link of what lies at an origin and is served as it is.
+fn linked(uri: &str, place: Place, around: &Surroundings<'_>) -> Result<Option<String>, Problem> {
+    if !around.leads_to_an_origin(uri) {
+        return Ok(None);
+    }
+    around.clear(uri, &Target::as_it_is(place), None).map(Some)
+}
+
+fn is_about_renditions(line: &Line<'_>) -> bool {
+    let tags = ["-X-STREAM-INF", "-X-MEDIA", "-X-I-FRAME-STREAM-INF"];
+    line.content == Content::Uri || line.tag_name().is_some_and(|name| tags.contains(&name))
+}
+
+/// D22 §4.4.6.5: METHOD is that of the EXT-X-KEY tags with the same URI; their IVs are their own.
+fn session_key_line(key: SessionKey, around: &Surroundings<'_>) -> String {
+    let uri = format!("{}{}", around.key_uri_base, key.id);
+    let tag = SessionKeyTag::builder().with_method(key.method.name()).with_uri(uri).finish();
+    String::from_utf8_lossy(tag.into_inner().value()).into_owned()
+}
+
+/// The shield's path for the URI of a playlist that names its origin by host or root; `None` where the URI can stay.
+pub(super) fn playlist_uri(uri: &str, around: &Surroundings<'_>) -> Result<Option<String>, Problem> {
     let reference = uri.split(['?', '#']).next().unwrap_or_default();
     let bad = |why: String| Problem::BadUri { uri: reference.chars().take(200).collect(), why };
-    let to = mounts.resolve(from, uri).map_err(|error| bad(error.to_string()))?;
-    if !is_protected(&to) {
+    let to = around.mounts.resolve(around.from, uri).map_err(|error| bad(error.to_string()))?;
+    if !(around.is_protected)(&to) {
         return Err(bad("it lies outside every stream and would not be encrypted; widen path_prefix".into()));
     }
     if let Some(param) = to.query.as_deref().and_then(|query| to.mount.unknown_param(query)) {
@@ -81,31 +164,29 @@ fn mapped(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hls::mounts::{BaseUrl, Mount};
+    use crate::hls::tests::{around, around_at};
 
-    fn mounts() -> Mounts {
-        let mount = |origin: &str, path, url| {
-            let bases = vec![BaseUrl::parse(url).unwrap()];
-            let mut mount = Mount::new(origin.to_owned(), path, bases, false).unwrap();
-            mount.query_params = vec!["t".into()];
-            mount
-        };
-        Mounts::new(vec![
-            mount("main", "/", "https://origin.example"),
-            mount("audio", "/audio", "https://audio.example/pool"),
-            mount("based", "/based", "https://based.example/base"),
-        ])
-        .unwrap()
+    fn rewrite(input: &str, around: &Surroundings<'_>) -> Result<String, PlaylistError> {
+        rewrite_multivariant(&Playlist::parse(input.as_bytes()).unwrap(), around, None)
+    }
+
+    /// With the links' components, whose MACs `keys::derive` pins, cut short.
+    fn check_with(change: impl FnOnce(&mut Surroundings<'_>), input: &str, expected: &str) {
+        around(|around| {
+            let mut around = *around;
+            change(&mut around);
+            let mut shown = rewrite(input, &around).unwrap();
+            while let Some(at) = shown.find('~') {
+                let len = shown[at..].find('/').unwrap();
+                let place = shown[at..at + len].split('.').nth(1).unwrap().to_owned();
+                shown.replace_range(at..at + len, &format!("LINK-{place}"));
+            }
+            assert_eq!(shown, expected);
+        });
     }
 
     fn check(input: &str, expected: &str) {
-        let mounts = mounts();
-        let from = mounts.locate("/live/ch1/master.m3u8").unwrap();
-        let playlist = Playlist::parse(input.as_bytes()).unwrap();
-        assert_eq!(
-            rewrite_multivariant(&playlist, &mounts, &from, &|to| !to.path.starts_with("/open/")).unwrap(),
-            expected
-        );
+        check_with(|_| {}, input, expected);
     }
 
     #[test]
@@ -139,26 +220,21 @@ mod tests {
         );
     }
 
-    #[test]
-    fn a_host_that_is_not_allowed_is_refused_with_its_line() {
-        let mounts = mounts();
-        let from = mounts.locate("/live/ch1/master.m3u8").unwrap();
-        let input = "#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\nhttps://evil.example/a.m3u8?token=s3cret\n";
-        let playlist = Playlist::parse(input.as_bytes()).unwrap();
-        let error = rewrite_multivariant(&playlist, &mounts, &from, &|to| !to.path.starts_with("/open/"))
-            .unwrap_err();
-        assert_eq!(error.line, 3);
-        let shown = format!("{error} {}", error.problem);
-        assert!(shown.contains("evil.example") && !shown.contains("s3cret"), "{shown}");
+    fn refusal(input: &str) -> PlaylistError {
+        around(|around| rewrite(input, around).unwrap_err())
     }
 
     fn refused(uri: &str) -> String {
-        let mounts = mounts();
-        let from = mounts.locate("/live/ch1/master.m3u8").unwrap();
-        let input = format!("#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\n{uri}\n");
-        let playlist = Playlist::parse(input.as_bytes()).unwrap();
-        let protected = |to: &OriginPath<'_>| !to.path.starts_with("/open/");
-        rewrite_multivariant(&playlist, &mounts, &from, &protected).unwrap_err().to_string()
+        refusal(&format!("#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\n{uri}\n")).to_string()
+    }
+
+    #[test]
+    fn a_host_that_is_not_allowed_is_refused_with_its_line() {
+        let error =
+            refusal("#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\nhttps://evil.example/a.m3u8?token=s3cret\n");
+        assert_eq!(error.line, 3);
+        let shown = format!("{error} {}", error.problem);
+        assert!(shown.contains("evil.example") && !shown.contains("s3cret"), "{shown}");
     }
 
     #[test]
@@ -174,11 +250,71 @@ mod tests {
 
     #[test]
     fn a_root_relative_uri_loses_its_origins_base_path() {
-        let mounts = mounts();
-        let from = mounts.locate("/based/live/master.m3u8").unwrap();
         let input = "#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\n/base/live/720p.m3u8\n";
-        let playlist = Playlist::parse(input.as_bytes()).unwrap();
-        let output = rewrite_multivariant(&playlist, &mounts, &from, &|_| true).unwrap();
+        let output = around_at("/based/live/master.m3u8", |around| rewrite(input, around)).unwrap();
         assert!(output.ends_with("\n/based/live/720p.m3u8\n"), "{output}");
+    }
+
+    #[test]
+    fn session_data_and_the_steering_manifest_are_linked_or_somebody_elses() {
+        check(
+            "#EXTM3U\n#EXT-X-SESSION-DATA:DATA-ID=\"a\",URI=\"meta/a.json\",X-ODD=1\n\
+             #EXT-X-SESSION-DATA:DATA-ID=\"b\",VALUE=\"b\"\n\
+             #EXT-X-SESSION-DATA:DATA-ID=\"c\",URI=\"https://data.example/c.json\"\n\
+             #EXT-X-CONTENT-STEERING:SERVER-URI=\"/steer?v=1\",PATHWAY-ID=\"a\"\n",
+            "#EXTM3U\n#EXT-X-SESSION-DATA:DATA-ID=\"a\",URI=\"meta/LINK-clear/a.json\",X-ODD=1\n\
+             #EXT-X-SESSION-DATA:DATA-ID=\"b\",VALUE=\"b\"\n\
+             #EXT-X-SESSION-DATA:DATA-ID=\"c\",URI=\"https://data.example/c.json\"\n\
+             #EXT-X-CONTENT-STEERING:SERVER-URI=\"/LINK-steering/steer?_oq=dj0x.MAC\",PATHWAY-ID=\"a\"\n"
+                .replace("MAC", &mac_of_steer())
+                .as_str(),
+        );
+    }
+
+    /// The MAC of a query is not what this test is about.
+    fn mac_of_steer() -> String {
+        let input = "#EXTM3U\n#EXT-X-CONTENT-STEERING:SERVER-URI=\"/steer?v=1\"\n";
+        let output = around(|around| rewrite(input, around)).unwrap();
+        output.split("_oq=dj0x.").nth(1).unwrap().split('"').next().unwrap().to_owned()
+    }
+
+    #[test]
+    fn variables_are_put_into_uris_and_stay_everywhere_else() {
+        check(
+            "#EXTM3U\n#EXT-X-DEFINE:NAME=\"cdn\",VALUE=\"https://audio.example/pool\"\n\
+             #EXT-X-MEDIA:TYPE=AUDIO,GROUP-ID=\"a\",NAME=\"{$cdn}\",URI=\"{$cdn}/en.m3u8\"\n\
+             #EXT-X-DEFINE:NAME=\"dir\",VALUE=\"v\"\n#EXT-X-STREAM-INF:BANDWIDTH=1\n{$dir}/720p.m3u8\n",
+            "#EXTM3U\n#EXT-X-DEFINE:NAME=\"cdn\",VALUE=\"https://audio.example/pool\"\n\
+             #EXT-X-MEDIA:TYPE=AUDIO,GROUP-ID=\"a\",NAME=\"{$cdn}\",URI=\"/audio/en.m3u8\"\n\
+             #EXT-X-DEFINE:NAME=\"dir\",VALUE=\"v\"\n#EXT-X-STREAM-INF:BANDWIDTH=1\nv/720p.m3u8\n",
+        );
+        let error = refusal("#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1,NAME=\"{$none}\"\na.m3u8\n");
+        assert_eq!((error.line, error.problem), (2, Problem::UndefinedVariable { name: "none".into() }));
+    }
+
+    #[test]
+    fn session_keys_of_the_origin_go_the_way_of_its_keys() {
+        let input = "#EXTM3U\n#EXT-X-SESSION-KEY:METHOD=AES-128,URI=\"k.bin\"\n\
+                     #EXT-X-SESSION-KEY:METHOD=AES-128,URI=\"https://drm.example/k\"\n";
+        let with = |on: OnEncrypted, input: &str, expected: &str| {
+            check_with(|around| around.on_encrypted = on, input, expected);
+        };
+        let linked = input.replace("\"k.bin\"", "\"LINK-key/k.bin\"");
+        with(OnEncrypted::Pass, input, &linked);
+        with(OnEncrypted::Rekey, input, "#EXTM3U\n");
+        assert!(matches!(refusal(input).problem, Problem::AlreadyEncrypted { .. }));
+    }
+
+    #[test]
+    fn a_key_to_preload_stands_before_the_renditions() {
+        let input = "#EXTM3U\r\n#EXT-X-VERSION:6\r\n#EXT-X-STREAM-INF:BANDWIDTH=1\r\na.m3u8\r\n";
+        let key = SessionKey { id: KeyId::from_bytes([7; 16]), method: KeyMethod::Aes128 };
+        let playlist = Playlist::parse(input.as_bytes()).unwrap();
+        let output = around(|around| rewrite_multivariant(&playlist, around, Some(key))).unwrap();
+        let expected = format!(
+            "#EXT-X-VERSION:6\r\n#EXT-X-SESSION-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{}\"\r\n#EXT-X-STREAM-INF",
+            "07".repeat(16)
+        );
+        assert!(output.contains(&expected), "{output}");
     }
 }

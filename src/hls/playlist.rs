@@ -6,6 +6,7 @@
 use quick_m3u8::custom_parsing::tag;
 use quick_m3u8::tag::UnknownTag;
 
+use super::attributes::{Attributes, tag_name};
 use super::error::{PlaylistError, Problem};
 use crate::keys::{MediaSequenceNumber, PlaylistWindow};
 
@@ -58,10 +59,25 @@ impl Kind {
 }
 
 /// What a Media Playlist says of itself.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct MediaFacts {
     pub media_sequence: MediaSequenceNumber,
+    /// Those that the playlist names; EXT-X-SKIP leaves some out.
     pub segments: usize,
+    /// Those that EXT-X-SKIP stands for, before the first that is named (D22 §4.4.5.2).
+    pub skipped: u64,
+    /// Parts, or a hint at one, of a segment that is not there yet.
+    pub has_open_segment: bool,
+    /// EXT-X-PART-INF stands in it, or parts do (D22 §4.4.3.7).
+    pub is_low_latency: bool,
+    /// EXT-X-I-FRAMES-ONLY.
+    pub is_i_frames_only: bool,
+    /// PART-TARGET of EXT-X-PART-INF in seconds; 0 when it is missing.
+    pub part_target_secs: f64,
+    /// EXT-X-SERVER-CONTROL says that delivery directives are heeded (D22 §4.4.3.8).
+    pub takes_directives: bool,
+    /// EXT-X-DEFINE imports from the Multivariant Playlist.
+    pub imports_variables: bool,
     /// EXT-X-TARGETDURATION in seconds; 0 when it is missing.
     pub target_duration_secs: u64,
     /// The sum of the EXTINF durations, in seconds.
@@ -73,11 +89,13 @@ pub struct MediaFacts {
 }
 
 impl MediaFacts {
-    /// The segments that the playlist shows, as the schedule sees them.
+    /// The segments that the playlist shows, as the schedule sees them: one of which only parts are there needs its
+    /// key too.
     pub fn window(&self) -> PlaylistWindow {
+        let segments = self.skipped + self.segments as u64 + u64::from(self.has_open_segment);
         PlaylistWindow {
             first: self.media_sequence,
-            end: self.media_sequence.plus(self.segments as u64),
+            end: self.media_sequence.plus(segments),
             ended: self.ended,
             // D22 §4.4.3.5: from an EVENT nothing is removed.
             keeps_all: self.ended || self.playlist_type.as_deref() == Some("EVENT"),
@@ -126,14 +144,7 @@ impl<'a> Playlist<'a> {
     /// # Errors
     /// A number that is none, or too many segments.
     pub fn media_facts(&self) -> Result<MediaFacts, PlaylistError> {
-        let mut facts = MediaFacts {
-            media_sequence: MediaSequenceNumber(0),
-            segments: 0,
-            target_duration_secs: 0,
-            duration_secs: 0.0,
-            ended: false,
-            playlist_type: None,
-        };
+        let mut facts = MediaFacts::default();
         let mut has_duration = false;
         for (at, line) in self.lines.iter().enumerate() {
             let tag = match line.content {
@@ -145,6 +156,7 @@ impl<'a> Playlist<'a> {
                         return Err(Problem::NoDuration.at(at + 1));
                     }
                     facts.segments += 1;
+                    facts.has_open_segment = false;
                     if facts.segments > MAX_SEGMENTS {
                         return Err(Problem::TooManySegments { limit: MAX_SEGMENTS }.at(at + 1));
                     }
@@ -159,6 +171,35 @@ impl<'a> Playlist<'a> {
                 }
                 "-X-TARGETDURATION" => facts.target_duration_secs = number()?,
                 "-X-ENDLIST" => facts.ended = true,
+                "-X-I-FRAMES-ONLY" => facts.is_i_frames_only = true,
+                "-X-PART-INF" => {
+                    facts.is_low_latency = true;
+                    facts.part_target_secs = part_target(&tag);
+                }
+                "-X-SERVER-CONTROL" => {
+                    let control = Attributes::of(tag).map_err(|problem| problem.at(at + 1))?;
+                    facts.takes_directives =
+                        control.unquoted("CAN-BLOCK-RELOAD") == Some("YES") || control.has("CAN-SKIP-UNTIL");
+                }
+                "-X-PART" => {
+                    facts.is_low_latency = true;
+                    facts.has_open_segment = true;
+                }
+                "-X-PRELOAD-HINT" => {
+                    let attributes = Attributes::of(tag).map_err(|problem| problem.at(at + 1))?;
+                    facts.has_open_segment |= attributes.unquoted("TYPE") == Some("PART");
+                }
+                "-X-SKIP" => {
+                    if facts.segments > 0 {
+                        let why = "a segment stands before it".to_owned();
+                        return Err(Problem::BadTag { tag: tag_name(&tag), why }.at(at + 1));
+                    }
+                    facts.skipped = skipped(tag).map_err(|problem| problem.at(at + 1))?;
+                }
+                "-X-DEFINE" => {
+                    let attributes = Attributes::of(tag).map_err(|problem| problem.at(at + 1))?;
+                    facts.imports_variables |= attributes.has("IMPORT");
+                }
                 "-X-PLAYLIST-TYPE" => {
                     let value = value_text(&tag);
                     facts.ended |= value == "VOD";
@@ -173,6 +214,8 @@ impl<'a> Playlist<'a> {
                 _ => {}
             }
         }
+        // An estimate from above: of what is left out, not even the durations are there.
+        facts.duration_secs += facts.skipped as f64 * facts.target_duration_secs as f64;
         Ok(facts)
     }
 
@@ -187,7 +230,7 @@ impl<'a> Playlist<'a> {
         for line in &self.lines {
             if let Content::Tag(tag) = line.content
                 && tag.name() == "-X-MEDIA"
-                && let Ok(attributes) = super::attributes::Attributes::of(tag)
+                && let Ok(attributes) = Attributes::of(tag)
             {
                 uris.extend(attributes.quoted("URI"));
             }
@@ -201,7 +244,7 @@ impl<'a> Playlist<'a> {
         for line in &self.lines {
             if let Content::Tag(tag) = line.content
                 && tag.name() == "-X-KEY"
-                && let Ok(attributes) = super::attributes::Attributes::of(tag)
+                && let Ok(attributes) = Attributes::of(tag)
             {
                 let method = attributes.unquoted("METHOD").unwrap_or("?").to_owned();
                 let key = (method, attributes.quoted("URI").map(str::to_owned));
@@ -247,6 +290,11 @@ fn kind_of(lines: &[Line<'_>]) -> Result<Kind, PlaylistError> {
             Some("-X-MEDIA-SEQUENCE") => (Kind::Media, "EXT-X-MEDIA-SEQUENCE"),
             Some("-X-KEY") => (Kind::Media, "EXT-X-KEY"),
             Some("-X-MAP") => (Kind::Media, "EXT-X-MAP"),
+            Some("-X-BYTERANGE") => (Kind::Media, "EXT-X-BYTERANGE"),
+            Some("-X-I-FRAMES-ONLY") => (Kind::Media, "EXT-X-I-FRAMES-ONLY"),
+            Some("-X-PART-INF") => (Kind::Media, "EXT-X-PART-INF"),
+            Some("-X-PART") => (Kind::Media, "EXT-X-PART"),
+            Some("-X-SKIP") => (Kind::Media, "EXT-X-SKIP"),
             _ => continue,
         };
         match kind {
@@ -266,9 +314,25 @@ fn media_sequence(tag: &UnknownTag<'_>) -> Result<MediaSequenceNumber, Problem> 
     let number = decimal(tag)?;
     if number > 1 << 62 {
         let why = format!("{number} is beyond 2^62");
-        return Err(Problem::BadTag { tag: format!("EXT{}", tag.name()), why });
+        return Err(Problem::BadTag { tag: tag_name(tag), why });
     }
     Ok(MediaSequenceNumber(number))
+}
+
+fn skipped(tag: UnknownTag<'_>) -> Result<u64, Problem> {
+    let attributes = Attributes::of(tag)?;
+    let number = attributes.decimal("SKIPPED-SEGMENTS")?;
+    let number = number.ok_or_else(|| attributes.bad("it has no SKIPPED-SEGMENTS".into()))?;
+    if number > MAX_SEGMENTS as u64 {
+        return Err(attributes.bad(format!("more than {MAX_SEGMENTS} segments")));
+    }
+    Ok(number)
+}
+
+/// It only says how long a playlist is fresh: what is no number counts as none.
+fn part_target(tag: &UnknownTag<'_>) -> f64 {
+    let secs = Attributes::of(*tag).ok().and_then(|list| list.unquoted("PART-TARGET")?.parse::<f64>().ok());
+    secs.filter(|secs| secs.is_finite() && *secs > 0.0).unwrap_or(0.0)
 }
 
 pub(super) fn value_text<'a>(tag: &UnknownTag<'a>) -> &'a str {
@@ -279,7 +343,7 @@ pub(super) fn value_text<'a>(tag: &UnknownTag<'a>) -> &'a str {
 pub(super) fn decimal(tag: &UnknownTag<'_>) -> Result<u64, Problem> {
     let text = value_text(tag);
     text.parse().map_err(|_| Problem::BadTag {
-        tag: format!("EXT{}", tag.name()),
+        tag: tag_name(tag),
         why: format!("{text:?} is not a decimal integer"),
     })
 }

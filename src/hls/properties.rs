@@ -3,38 +3,36 @@
 
 use proptest::prelude::*;
 
-use super::mounts::{BaseUrl, Mount};
+use super::tests::around;
 use super::*;
-use crate::keys::{DekId, IvMode, KeyId, KeyMethod, LinkKey, MediaSequenceNumber};
+use crate::keys::{IvMode, KeyId, KeyMethod, LinkKey, MediaSequenceNumber, OnEncrypted, Subtitles};
 
 fn rewrite(input: &[u8], iv_mode: IvMode, encrypt_init_sections: bool) -> Result<String, PlaylistError> {
-    let bases = vec![BaseUrl::parse("https://origin.example").unwrap()];
-    let mounts = Mounts::new(vec![Mount::new("main".into(), "/", bases, false).unwrap()]).unwrap();
-    let from = mounts.locate("/live/ch1/720p.m3u8").unwrap();
     let link = LinkKey::from_bytes([1; 32]);
-    let key_at = |msn: MediaSequenceNumber| {
-        let mut id = [0; 16];
-        id[..8].copy_from_slice(&(msn.0 / 3).to_be_bytes());
-        let id = KeyId::from_bytes(id);
-        let cipher = CipherKey { id, method: KeyMethod::Aes128, iv_mode, link: &link };
-        Some(PeriodKey { signer: (id, &link), cipher, successor: None })
-    };
     let playlist = Playlist::parse(input)?;
-    if playlist.kind() == Kind::Multivariant {
-        return rewrite_multivariant(&playlist, &mounts, &from, &|_| true);
-    }
-    rewrite_media(
-        &playlist,
-        &MediaRewrite {
-            mounts: &mounts,
-            from: &from,
-            is_protected: &|_| true,
-            encrypt_init_sections,
-            key_uri_base: "/api/hls/keys/",
-            clear_init: (DekId::from_bytes([2; 16]), &link),
-            key_at: &key_at,
-        },
-    )
+    around(|around| {
+        let key_at = |msn: MediaSequenceNumber| {
+            let mut id = [0; 16];
+            id[..8].copy_from_slice(&(msn.0 / 3).to_be_bytes());
+            let id = KeyId::from_bytes(id);
+            let cipher = CipherKey { id, method: KeyMethod::Aes128, iv_mode, link: &link };
+            Some(PeriodKey { signer: (id, &link), cipher, successor: None })
+        };
+        if playlist.kind() == Kind::Multivariant {
+            return rewrite_multivariant(&playlist, around, None);
+        }
+        let on_encrypted = [OnEncrypted::Reject, OnEncrypted::Pass, OnEncrypted::Rekey][input.len() % 3];
+        rewrite_media(
+            &playlist,
+            &MediaRewrite {
+                surroundings: Surroundings { on_encrypted, ..*around },
+                rendition: "/live/ch1/720p.m3u8",
+                encrypt_init_sections,
+                subtitles: Subtitles::Encrypt,
+                key_at: &key_at,
+            },
+        )
+    })
 }
 
 /// Lines that a playlist may have, in any order: right ones, odd ones and wrong ones.
@@ -48,6 +46,19 @@ fn any_line() -> impl Strategy<Value = String> {
         Just("#EXT-X-KEY:METHOD=NONE".to_owned()),
         Just("#EXT-X-MAP:URI=\"init.mp4\",X-ODD=1".to_owned()),
         Just("#EXT-X-MAP:".to_owned()),
+        Just("#EXT-X-KEY:METHOD=AES-128,URI=\"k\"".to_owned()),
+        Just("#EXT-X-KEY:METHOD=SAMPLE-AES,URI=\"k\",KEYFORMAT=\"x\"".to_owned()),
+        Just("#EXT-X-BYTERANGE:10@5".to_owned()),
+        Just("#EXT-X-BYTERANGE:10".to_owned()),
+        Just("#EXT-X-I-FRAMES-ONLY".to_owned()),
+        Just("#EXT-X-SKIP:SKIPPED-SEGMENTS=3".to_owned()),
+        Just("#EXT-X-PART-INF:PART-TARGET=0.5".to_owned()),
+        Just("#EXT-X-PART:DURATION=0.5,URI=\"p.mp4\"".to_owned()),
+        Just("#EXT-X-PART:DURATION=0.5,BYTERANGE=\"7@1\",URI=\"p.mp4\"".to_owned()),
+        Just("#EXT-X-PRELOAD-HINT:TYPE=PART,URI=\"p.mp4\",BYTERANGE-START=7".to_owned()),
+        Just("#EXT-X-RENDITION-REPORT:URI=\"../a.m3u8\",LAST-MSN=1".to_owned()),
+        Just("#EXT-X-DEFINE:NAME=\"v\",VALUE=\"x\"".to_owned()),
+        Just("{$v}/{$w}.ts".to_owned()),
         Just("#EXT-X-VERSION:1".to_owned()),
         Just("#EXT-X-VERSION:x".to_owned()),
         Just("#EXT-X-MEDIA:TYPE=AUDIO,GROUP-ID=\"a\",NAME=\"b\",URI=\"a.m3u8\"".to_owned()),

@@ -1,10 +1,9 @@
 //! Media Playlists in and out.
 
 use super::*;
-use crate::hls::mounts::{BaseUrl, Mount};
+use crate::hls::error::Problem;
+use crate::hls::tests::around;
 use crate::keys::IvMode;
-
-const DEK: DekId = DekId::from_bytes([0xdd; 16]);
 
 /// Rewrites with ordinal 0 up to MSN 101 and ordinal 1 from there on.
 fn rewrite(input: &str, change: impl FnOnce(&mut MediaRewrite<'_>)) -> Result<String, PlaylistError> {
@@ -23,6 +22,7 @@ fn rewrite_in(
 #[derive(Default)]
 struct Keys {
     mode: IvMode,
+    method: KeyMethod,
     /// Ordinal 0 was revoked, and the key of ordinal 1 has taken its place; it is called 7.
     revoked: bool,
 }
@@ -32,43 +32,33 @@ fn rewrite_where(
     input: &str,
     change: impl FnOnce(&mut MediaRewrite<'_>),
 ) -> Result<String, PlaylistError> {
-    let mount = |origin: &str, path, url, pass_through| {
-        let bases = vec![BaseUrl::parse(url).unwrap()];
-        Mount::new(origin.to_owned(), path, bases, pass_through).unwrap()
-    };
-    let mounts = Mounts::new(vec![
-        mount("main", "/", "https://origin.example", false),
-        mount("open", "/open", "https://open.example", true),
-    ])
-    .unwrap();
-    let from = mounts.locate("/live/ch1/720p.m3u8").unwrap();
     let links = [LinkKey::from_bytes([1; 32]), LinkKey::from_bytes([2; 32])];
-    let key_at = |msn: MediaSequenceNumber| {
-        let ordinal = usize::from(msn.0 > 101);
-        let id = |ordinal: usize| KeyId::from_bytes([ordinal as u8; 16]);
-        let in_force = if keys.revoked { 1 } else { ordinal };
-        Some(PeriodKey {
-            signer: (id(ordinal), &links[ordinal]),
-            cipher: CipherKey {
-                id: id(in_force),
-                method: KeyMethod::Aes128,
-                iv_mode: keys.mode,
-                link: &links[in_force],
-            },
-            successor: keys.revoked.then_some(Ordinal(7)),
-        })
-    };
-    let mut rewrite = MediaRewrite {
-        mounts: &mounts,
-        from: &from,
-        is_protected: &|_| false,
-        encrypt_init_sections: false,
-        key_uri_base: "/api/hls/keys/",
-        clear_init: (DEK, &links[0]),
-        key_at: &key_at,
-    };
-    change(&mut rewrite);
-    rewrite_media(&Playlist::parse(input.as_bytes()).unwrap(), &rewrite)
+    around(|around| {
+        let key_at = |msn: MediaSequenceNumber| {
+            let ordinal = usize::from(msn.0 > 101);
+            let id = |ordinal: usize| KeyId::from_bytes([ordinal as u8; 16]);
+            let in_force = if keys.revoked { 1 } else { ordinal };
+            Some(PeriodKey {
+                signer: (id(ordinal), &links[ordinal]),
+                cipher: CipherKey {
+                    id: id(in_force),
+                    method: keys.method,
+                    iv_mode: keys.mode,
+                    link: &links[in_force],
+                },
+                successor: keys.revoked.then_some(Ordinal(7)),
+            })
+        };
+        let mut rewrite = MediaRewrite {
+            surroundings: *around,
+            rendition: "/live/ch1/720p.m3u8",
+            encrypt_init_sections: false,
+            subtitles: Subtitles::Encrypt,
+            key_at: &key_at,
+        };
+        change(&mut rewrite);
+        rewrite_media(&Playlist::parse(input.as_bytes()).unwrap(), &rewrite)
+    })
 }
 
 /// Compares with what changes from run to run of the derivation cut out: MACs and IVs, which
@@ -247,23 +237,25 @@ fn other_allowed_origins_are_linked_through_their_mount() {
 #[test]
 fn what_cannot_be_rewritten_rightly_is_refused_with_its_line() {
     let media = |middle: &str| format!("#EXTM3U\n{middle}\n#EXTINF:6,\na.ts\n");
-    for tag in [
-        "#EXT-X-BYTERANGE:100@0",
-        "#EXT-X-I-FRAMES-ONLY",
-        "#EXT-X-PART:DURATION=1,URI=\"p\"",
-        "#EXT-X-PRELOAD-HINT:TYPE=PART,URI=\"p\"",
-        "#EXT-X-SKIP:SKIPPED-SEGMENTS=3",
-        "#EXT-X-DEFINE:NAME=\"a\",VALUE=\"b\"",
-        "#EXT-X-MAP:URI=\"i.mp4\",BYTERANGE=\"10@0\"",
-    ] {
-        let error = refused(&media(tag));
-        assert_eq!(error.line, 2, "{tag}");
-        assert!(matches!(error.problem, Problem::Unsupported { .. }), "{tag}: {error:?}");
-    }
     let encrypted = refused(&media("#EXT-X-KEY:METHOD=SAMPLE-AES,URI=\"skd://x\""));
     assert_eq!(encrypted.problem, Problem::AlreadyEncrypted { method: "SAMPLE-AES".into() });
-    assert!(matches!(refused(&media("#EXT-X-MAP:BANDWIDTH=1")).problem, Problem::BadTag { .. }));
-    assert!(matches!(refused(&media("#EXT-X-MAP:URI=\"x")).problem, Problem::BadTag { .. }));
+    for tag in [
+        "#EXT-X-BYTERANGE:100",
+        "#EXT-X-BYTERANGE:x@0",
+        "#EXT-X-MAP:BANDWIDTH=1",
+        "#EXT-X-MAP:URI=\"x",
+        "#EXT-X-MAP:URI=\"i.mp4\",BYTERANGE=\"0@0\"",
+        "#EXT-X-PART:DURATION=1",
+        "#EXT-X-SKIP:SKIPPED-SEGMENTS=x",
+        "#EXT-X-DEFINE:NAME=\"a\"",
+        "#EXT-X-DEFINE:IMPORT=\"a\"",
+    ] {
+        let error = rewrite(&media(tag), |_| {}).expect_err(tag);
+        assert!(matches!(error.problem, Problem::BadTag { .. }), "{tag}: {error:?}");
+        assert_eq!(error.line, 2, "{tag}");
+    }
+    let undefined = refused("#EXTM3U\n#EXTINF:6,\n{$host}/a.ts\n");
+    assert_eq!((undefined.line, undefined.problem), (3, Problem::UndefinedVariable { name: "host".into() }));
 }
 
 #[test]
