@@ -18,7 +18,8 @@ use thiserror::Error;
 use tokio::sync::{Semaphore, watch};
 
 use super::upstream::OriginError;
-use crate::keys::{KeyId, Place};
+use crate::hls::OriginKey;
+use crate::keys::{ByteRange, KeyId, Place};
 use crate::telemetry::Metrics;
 
 /// How long an origin's refusal stands for all who ask.
@@ -33,10 +34,13 @@ const FLOW_OVERHEAD: u64 = 1_024;
 pub(super) struct FlowKey {
     pub(super) signer: [u8; KeyId::LEN],
     pub(super) place: Place,
+    pub(super) range: Option<ByteRange>,
     pub(super) origin: String,
     pub(super) path: String,
     /// The origin's own: it may lead to other bytes, or to a refusal.
     pub(super) query: Option<String>,
+    /// What the origin has encrypted it under.
+    pub(super) origin_key: Option<OriginKey>,
 }
 
 /// Why a flow has no (more) bytes to give.
@@ -315,9 +319,11 @@ mod tests {
         FlowKey {
             signer: [1; KeyId::LEN],
             place: Place::Segment(MediaSequenceNumber(msn)),
+            range: None,
             origin: "main".into(),
             path: format!("/{msn}.ts"),
             query: None,
+            origin_key: None,
         }
     }
 

@@ -7,17 +7,22 @@
 //!
 //! Deliberately absent: changing anything. The engine is asked, never written to.
 
+mod directives;
+mod fill;
 mod flow;
 mod keys;
+mod origin_keys;
 mod pass_through;
 mod playlist_body;
 mod playlists;
+mod publish;
 mod range;
 mod reply;
 mod route;
 mod segments;
 mod service;
 mod settings;
+mod steering;
 pub mod upstream;
 
 pub use playlist_body::{PlaylistBodyError, playlist_body};

@@ -4,6 +4,7 @@
 //! first. Deliberately absent: what the playlist says.
 
 use std::io::Read;
+use std::time::Duration;
 
 use bytes::Bytes;
 use flate2::read::GzDecoder;
@@ -26,7 +27,8 @@ pub enum PlaylistBodyError {
     NotAPlaylist { head: Bytes },
 }
 
-/// Fetches what begins like a playlist, of at most `limit` bytes, without its Content-Encoding.
+/// Fetches what begins like a playlist, of at most `limit` bytes, without its Content-Encoding. The origin may think
+/// for `patience` longer than usual.
 ///
 /// # Errors
 /// [`PlaylistBodyError`]; what is no playlist is told from its first bytes, and no more of it is fetched.
@@ -34,12 +36,13 @@ pub async fn playlist_body(
     upstream: &Upstream,
     place: &OriginPath<'_>,
     limit: usize,
+    patience: Duration,
 ) -> Result<Bytes, PlaylistBodyError> {
     let request = OriginRequest {
-        mount: place.mount,
-        path: &place.path,
         query: place.query.as_deref(),
         accept_gzip: true,
+        patience,
+        ..OriginRequest::to(place.mount, &place.path)
     };
     let mut response = upstream.fetch(request).await?.ok()?.framed()?;
     let gzip = match response.encoding() {

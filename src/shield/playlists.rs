@@ -8,51 +8,28 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
 use http::StatusCode;
 use http::header::{AGE, CACHE_CONTROL, ETAG};
 use moka::sync::Cache;
 use parking_lot::RwLock;
-use sha2::{Digest, Sha256};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
+use super::directives::Directives;
 use super::flow::FlowError;
-use super::playlist_body::playlist_body;
+use super::publish::{Rewritten, STEADY_TTL, publish};
 use super::reply::{Refusal, Reply};
 use super::service::Shield;
 use super::upstream::OriginError;
-use crate::engine::{EngineError, PublishedKey, Shown, Stream};
-use crate::hls::{
-    CipherKey, Kind, MediaFacts, MediaRewrite, OriginPath, PeriodKey, Playlist, rewrite_media,
-    rewrite_multivariant,
-};
-use crate::keys::{KeyId, MediaSequenceNumber};
+use crate::engine::{EngineError, PublishedKey, Stream};
+use crate::hls::OriginPath;
+use crate::keys::KeyId;
 
 const CONTENT_TYPE_M3U8: &str = "application/vnd.apple.mpegurl";
-/// How long a Multivariant Playlist, or one that has ended, is fresh.
-const STEADY_TTL: Duration = Duration::from_secs(10);
-/// No playlist is taken to be longer, whatever its EXTINFs say: its keys would never be let go.
-const LONGEST: Duration = Duration::from_secs(31 * 86_400);
 /// How long a request that could have a stale playlist waits for a fresh one.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How long a failure stands for all who ask.
 const FAILURE_TTL: Duration = Duration::from_millis(500);
-/// Bounds of a live playlist's freshness.
-const LIVE_TTL: std::ops::RangeInclusive<Duration> = Duration::from_millis(250)..=Duration::from_secs(2);
-
-/// A playlist as it is served.
-struct Rewritten {
-    body: Bytes,
-    etag: String,
-    /// The keys that it depends on: each serving says that they are still needed.
-    keys: Vec<PublishedKey>,
-    /// Whose it is, as it was when the playlist was fetched.
-    stream: Arc<Stream>,
-    fetched: Instant,
-    ttl: Duration,
-    max_age: Duration,
-}
 
 /// The last results for one path and query.
 #[derive(Default)]
@@ -71,8 +48,8 @@ struct Slot {
     bytes: AtomicU32,
 }
 
-/// Origin, path and query.
-type SlotKey = (String, String, String);
+/// Origin, path, query and delivery directives.
+type SlotKey = (String, String, String, String);
 type Slots = Cache<SlotKey, Arc<Slot>>;
 
 /// What a slot costs besides its playlist, about.
@@ -85,8 +62,9 @@ pub(super) struct Playlists {
 
 impl Playlists {
     pub(super) fn new(cache_bytes: u64, stale_if_error: Duration) -> Self {
-        let weigh = |(origin, path, query): &SlotKey, slot: &Arc<Slot>| {
-            let key = u32::try_from(origin.len() + path.len() + query.len()).unwrap_or(u32::MAX);
+        let weigh = |(origin, path, query, told): &SlotKey, slot: &Arc<Slot>| {
+            let key = origin.len() + path.len() + query.len() + told.len();
+            let key = u32::try_from(key).unwrap_or(u32::MAX);
             slot.bytes.load(Ordering::Relaxed).saturating_add(key).saturating_add(SLOT_OVERHEAD)
         };
         let slots = Cache::builder()
@@ -96,6 +74,42 @@ impl Playlists {
             .build();
         Self { slots }
     }
+
+    /// What a request comes to. Directives mean nothing where the playlist is known to heed none: they would only
+    /// multiply it.
+    fn wanted(&self, place: &OriginPath<'_>, directives: Directives) -> (SlotKey, Wanted) {
+        let query = place.query.clone().unwrap_or_default();
+        let key = |told| (place.mount.origin.clone(), place.path.clone(), query.clone(), told);
+        let mut wanted = Wanted {
+            origin: place.mount.origin.clone(),
+            path: place.path.clone(),
+            query: place.query.clone(),
+            directives,
+            patience: Duration::ZERO,
+        };
+        if directives != Directives::default()
+            && let Some(plain) = self.slots.get(&key(String::new()))
+            && let Some(plain) = &plain.results.read().good
+        {
+            if !plain.takes_directives {
+                wanted.directives = Directives::default();
+            }
+            // D22 §6.2.5.2: as long as an origin may block.
+            wanted.patience = plain.target_duration * 3;
+        }
+        (key(wanted.directives.to_query()), wanted)
+    }
+}
+
+/// What is asked of an origin for a slot.
+#[derive(Clone)]
+struct Wanted {
+    origin: String,
+    path: String,
+    query: Option<String>,
+    directives: Directives,
+    /// How much longer than usual the origin may take.
+    patience: Duration,
 }
 
 /// Answers a request for a playlist.
@@ -106,14 +120,14 @@ pub(super) async fn serve(
     shield: &Shield,
     stream: &Arc<Stream>,
     place: &OriginPath<'_>,
+    directives: Directives,
 ) -> Result<Reply, Refusal> {
-    let query = place.query.clone().unwrap_or_default();
-    let key = (place.mount.origin.clone(), place.path.clone(), query);
+    let (key, wanted) = shield.playlists.wanted(place, directives);
     let slot = shield.playlists.slots.get_with(key.clone(), Arc::default);
-    let mut rewritten = current(shield, stream, place, &slot).await?;
+    let mut rewritten = current(shield, stream, &wanted, &slot).await?;
     if !rewritten.may_be_served() {
         // Its stream was stopped, or a key taken back, while it was made or waited for.
-        rewritten = current(shield, stream, place, &slot).await?;
+        rewritten = current(shield, stream, &wanted, &slot).await?;
         if !rewritten.may_be_served() {
             return Err(EngineError::NotReady.into());
         }
@@ -148,7 +162,7 @@ pub(super) async fn serve(
 async fn current(
     shield: &Shield,
     stream: &Arc<Stream>,
-    place: &OriginPath<'_>,
+    wanted: &Wanted,
     slot: &Arc<Slot>,
 ) -> Result<Arc<Rewritten>, Refusal> {
     if let Some(result) = slot.results.read().fresh() {
@@ -156,8 +170,8 @@ async fn current(
     }
     let stale = slot.results.read().stale(shield.settings.stale_if_error);
     // A task of its own: who does not wait for it must not end it either.
-    let wanted = (place.mount.origin.clone(), place.path.clone(), place.query.clone());
-    let refreshing = tokio::spawn(refresh(shield.clone(), Arc::clone(stream), wanted, Arc::clone(slot)));
+    let refreshing = refresh(shield.clone(), Arc::clone(stream), wanted.clone(), Arc::clone(slot));
+    let refreshing = tokio::spawn(refreshing);
     let refreshed = match stale {
         None => refreshing.await,
         Some(good) => match tokio::time::timeout(PATIENCE, refreshing).await {
@@ -172,17 +186,18 @@ async fn current(
 async fn refresh(
     shield: Shield,
     stream: Arc<Stream>,
-    (origin, path, query): (String, String, Option<String>),
+    wanted: Wanted,
     slot: Arc<Slot>,
 ) -> Result<Arc<Rewritten>, Refusal> {
     let _fetching = slot.fetching.lock().await;
     if let Some(result) = slot.results.read().fresh() {
         return result;
     }
+    let Wanted { origin, path, query, directives, patience } = wanted;
     let mount = shield.settings.mounts.by_origin(&origin).ok_or(Refusal::NoStream)?;
     let place = OriginPath { mount, path, query };
-    let fetched =
-        tokio::time::timeout(shield.settings.playlist_timeout, fetch(&shield, &stream, &place)).await;
+    let publishing = publish(&shield, &stream, &place, directives, patience);
+    let fetched = tokio::time::timeout(shield.settings.playlist_timeout + patience, publishing).await;
     match fetched.unwrap_or_else(|_| Err(OriginError::out_of_time(mount).into())) {
         Ok(rewritten) => {
             let rewritten = Arc::new(rewritten);
@@ -230,105 +245,5 @@ impl Results {
     fn stale(&self, limit: Duration) -> Option<Arc<Rewritten>> {
         let good = self.good.as_ref().filter(|good| good.may_be_served());
         good.filter(|good| good.fetched.elapsed() < limit).map(Arc::clone)
-    }
-}
-
-impl Rewritten {
-    /// Whether its stream runs and none of the keys that it names was taken back, or destroyed, since.
-    fn may_be_served(&self) -> bool {
-        let may_be_named = |key: &PublishedKey| key.cipher.may_be_named() && !key.signer.is_destroyed();
-        self.stream.is_running() && self.keys.iter().all(may_be_named)
-    }
-}
-
-async fn fetch(shield: &Shield, stream: &Arc<Stream>, place: &OriginPath<'_>) -> Result<Rewritten, Refusal> {
-    let limit = shield.settings.max_playlist_bytes;
-    let body = playlist_body(&shield.upstream, place, limit).await?;
-    let playlist = Playlist::parse(&body)?;
-    let is_protected = |to: &OriginPath<'_>| shield.owner(to).is_some();
-    if playlist.kind() == Kind::Multivariant {
-        let text = rewrite_multivariant(&playlist, &shield.settings.mounts, place, &is_protected)?;
-        return Ok(finish(text, stream, Vec::new(), STEADY_TTL, STEADY_TTL));
-    }
-    // A rendition is a path, and the parameters that choose what is behind it.
-    let rendition = match &place.query {
-        Some(query) => format!("{}?{query}", place.path),
-        None => place.path.clone(),
-    };
-    let facts = playlist.media_facts()?;
-    let duration = Duration::try_from_secs_f64(facts.duration_secs).unwrap_or(LONGEST).min(LONGEST);
-    let shown = Shown {
-        window: facts.window(),
-        duration,
-        target_duration: Duration::from_secs(facts.target_duration_secs).min(LONGEST),
-    };
-    let published = shield.engine.publish(stream, &rendition, shown).await?;
-    let key_at = |msn: MediaSequenceNumber| {
-        let PublishedKey { signer, cipher } = published.key_at(msn)?;
-        Some(PeriodKey {
-            signer: (signer.id, &signer.secrets.link),
-            cipher: CipherKey {
-                id: cipher.id,
-                method: cipher.method,
-                iv_mode: cipher.iv_mode,
-                link: &cipher.secrets.link,
-            },
-            successor: (cipher.id != signer.id).then_some(cipher.ordinal),
-        })
-    };
-    let text = rewrite_media(
-        &playlist,
-        &MediaRewrite {
-            mounts: &shield.settings.mounts,
-            from: place,
-            is_protected: &is_protected,
-            encrypt_init_sections: published.encrypt_init_sections,
-            key_uri_base: &shield.settings.key_uri_base,
-            clear_init: (published.clear_init.dek, &published.clear_init.link),
-            key_at: &key_at,
-        },
-    )?;
-    let (ttl, max_age) = freshness(&facts);
-    Ok(finish(text, stream, published.keys().cloned().collect(), ttl, max_age))
-}
-
-/// How long a Media Playlist is fresh here, and how long caches are told to keep it.
-fn freshness(facts: &MediaFacts) -> (Duration, Duration) {
-    if facts.ended {
-        return (STEADY_TTL, STEADY_TTL);
-    }
-    let target = Duration::from_secs(facts.target_duration_secs.max(1));
-    ((target / 4).clamp(*LIVE_TTL.start(), *LIVE_TTL.end()), target / 2)
-}
-
-fn finish(
-    text: String,
-    stream: &Arc<Stream>,
-    keys: Vec<PublishedKey>,
-    ttl: Duration,
-    max_age: Duration,
-) -> Rewritten {
-    let stream = Arc::clone(stream);
-    let etag = format!("\"{}\"", hex::encode(&Sha256::digest(text.as_bytes())[..12]));
-    Rewritten { body: text.into(), etag, keys, stream, fetched: Instant::now(), ttl, max_age }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn caches_keep_a_live_playlist_for_half_its_target_duration() {
-        let mut facts = MediaFacts {
-            media_sequence: MediaSequenceNumber(0),
-            segments: 3,
-            target_duration_secs: 6,
-            duration_secs: 18.0,
-            ended: false,
-            playlist_type: None,
-        };
-        assert_eq!(freshness(&facts), (Duration::from_millis(1500), Duration::from_secs(3)));
-        facts.ended = true;
-        assert_eq!(freshness(&facts), (STEADY_TTL, STEADY_TTL));
     }
 }

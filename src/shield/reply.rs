@@ -18,7 +18,7 @@ use super::flow::FlowError;
 use super::playlist_body::PlaylistBodyError;
 use super::upstream::OriginError;
 use crate::engine::EngineError;
-use crate::hls::{LinkError, PlaylistError};
+use crate::hls::{LinkError, PlaylistError, SteeringError};
 use crate::keys::{KeyId, StreamId};
 
 /// Headers that scripts of other origins may read.
@@ -55,6 +55,12 @@ pub(super) enum Refusal {
     NoKey,
     #[error("this key was revoked; the playlist names another one")]
     KeyRevoked,
+    #[error("{0}")]
+    BadDirective(&'static str),
+    #[error("the origin did not get in time what this playlist request waits for")]
+    NotYet,
+    #[error("{0}")]
+    Steering(#[from] SteeringError),
     #[error("this stream is stopped")]
     Stopped,
     #[error("the origin's answer is empty")]
@@ -78,12 +84,14 @@ impl Refusal {
         };
         match self {
             Refusal::Method => StatusCode::METHOD_NOT_ALLOWED,
-            Refusal::BadPath(_) => StatusCode::BAD_REQUEST,
+            Refusal::BadPath(_) | Refusal::BadDirective(_) => StatusCode::BAD_REQUEST,
             Refusal::NoStream | Refusal::NoKey | Refusal::Stopped => StatusCode::NOT_FOUND,
             Refusal::NotLinked | Refusal::Link(_) | Refusal::ForgedLink => StatusCode::FORBIDDEN,
             Refusal::LinkKeyGone | Refusal::KeyRevoked => StatusCode::GONE,
-            Refusal::Playlist(_) | Refusal::Empty => StatusCode::BAD_GATEWAY,
-            Refusal::Engine(_) | Refusal::Flow(FlowError::Busy) => StatusCode::SERVICE_UNAVAILABLE,
+            Refusal::Playlist(_) | Refusal::Empty | Refusal::Steering(_) => StatusCode::BAD_GATEWAY,
+            Refusal::Engine(_) | Refusal::NotYet | Refusal::Flow(FlowError::Busy) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Refusal::Flow(FlowError::Abandoned) => StatusCode::BAD_GATEWAY,
             Refusal::Flow(FlowError::Origin(error)) | Refusal::Origin(error) => of_origin(error),
         }

@@ -5,7 +5,6 @@
 //! in clear takes the same way without the cipher.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use http::header::{
     ACCEPT_RANGES, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, IF_RANGE, ORIGIN, RANGE,
@@ -16,21 +15,20 @@ use pingora::http::ResponseHeader;
 use pingora::proxy::Session;
 use sha2::{Digest, Sha256};
 
-use super::flow::{Flow, FlowError, FlowHead, FlowKey, FlowWriter};
+use super::fill::Fill;
+use super::flow::{Flow, FlowKey};
 use super::range::{Wanted, wanted};
 use super::reply::{Refusal, add_cors, names_etag, tags};
 use super::service::Shield;
-use super::upstream::{OriginError, OriginRequest, Upstream};
-use crate::cipher::{SegmentEncryptor, ciphertext_len};
+use super::upstream::OriginError;
 use crate::engine::{ClearInitSigner, EngineError, LiveKey};
-use crate::hls::{Link, LinkedPath, Mount, canonical_path, read_successor};
-use crate::keys::{DekId, Iv, KeyId, LinkKey, Ordinal, Place, Resource, StreamId};
-use crate::telemetry::Metrics;
+use crate::hls::{Link, LinkedPath, Mount, OriginKey, OriginPath, canonical_path, read_successor};
+use crate::keys::{DekId, KeyId, LinkKey, Ordinal, Place, StreamId};
 
-/// Who signed a link: a content key, or the signer of clear init sections.
-enum Signer {
+/// Who signed a link: a content key, or the signer of what is served as it is.
+pub(super) enum Signer {
     Key(Arc<LiveKey>),
-    ClearInit(Arc<ClearInitSigner>),
+    Clear(Arc<ClearInitSigner>),
 }
 
 /// What a segment is encrypted under.
@@ -70,14 +68,14 @@ impl Signer {
     fn link_key(&self) -> &LinkKey {
         match self {
             Signer::Key(key) => &key.secrets.link,
-            Signer::ClearInit(signer) => &signer.link,
+            Signer::Clear(signer) => &signer.link,
         }
     }
 
     fn stream(&self) -> &StreamId {
         match self {
             Signer::Key(key) => &key.stream,
-            Signer::ClearInit(signer) => &signer.stream,
+            Signer::Clear(signer) => &signer.stream,
         }
     }
 }
@@ -89,6 +87,7 @@ pub(super) struct Opened {
     etag: String,
     stream: StreamId,
     cipher: Option<Cipher>,
+    place: Place,
 }
 
 impl Opened {
@@ -97,145 +96,114 @@ impl Opened {
     }
 }
 
-/// Checks a link and opens its flow.
+/// A link that the shield wrote, and where it leads.
+pub(super) struct Checked<'a> {
+    pub(super) signer: Signer,
+    pub(super) mount: &'a Mount,
+    pub(super) path: String,
+    pub(super) origin_query: Option<String>,
+    pub(super) origin_key: Option<OriginKey>,
+}
+
+/// Checks a link, and what stands behind it.
 ///
 /// # Errors
 /// [`Refusal`] for a link that this shield did not write for this path, or whose key is gone.
+pub(super) async fn check<'a>(
+    shield: &'a Shield,
+    linked: &LinkedPath,
+    query: &str,
+) -> Result<Checked<'a>, Refusal> {
+    let link = &linked.link;
+    if !shield.engine.status().ready {
+        return Err(EngineError::NotReady.into());
+    }
+    let signer = if link.place.is_served_as_it_is() {
+        shield.engine.clear_init_signer(DekId::from_bytes(link.signer)).await.map(Signer::Clear)
+    } else {
+        shield.engine.key(KeyId::from_bytes(link.signer)).await.map(Signer::Key)
+    };
+    let signer = signer.ok_or(Refusal::LinkKeyGone)?;
+    let path = canonical_path(&linked.path).map_err(|error| Refusal::BadPath(error.to_string()))?;
+    let OriginPath { mount, path, .. } = shield.settings.mounts.locate(&path).ok_or(Refusal::ForgedLink)?;
+    let resource = link.resource(&mount.origin, &path);
+    if signer.link_key().link_mac(&resource) != link.mac {
+        return Err(Refusal::ForgedLink);
+    }
+    let origin_query = Link::read_origin_query(query, &resource, signer.link_key())?;
+    let origin_key = Link::read_origin_key(query, &resource, signer.link_key())?;
+    Ok(Checked { signer, mount, path, origin_query, origin_key })
+}
+
+/// Checks a link and opens its flow.
+///
+/// # Errors
+/// As [`check`].
 pub(super) async fn open(
     shield: &Shield,
     linked: &LinkedPath,
     query: Option<&str>,
     if_none_match: Option<&str>,
 ) -> Result<Opened, Refusal> {
-    let link = &linked.link;
-    if !shield.engine.status().ready {
-        return Err(EngineError::NotReady.into());
-    }
-    let signer = match link.place {
-        Place::ClearInit => {
-            shield.engine.clear_init_signer(DekId::from_bytes(link.signer)).await.map(Signer::ClearInit)
-        }
-        _ => shield.engine.key(KeyId::from_bytes(link.signer)).await.map(Signer::Key),
-    };
-    let signer = signer.ok_or(Refusal::LinkKeyGone)?;
-    let path = canonical_path(&linked.path).map_err(|error| Refusal::BadPath(error.to_string()))?;
-    let place = shield.settings.mounts.locate(&path).ok_or(Refusal::ForgedLink)?;
-    let resource =
-        Resource { signer: &link.signer, origin: &place.mount.origin, path: &place.path, place: link.place };
-    if signer.link_key().link_mac(&resource) != link.mac {
-        return Err(Refusal::ForgedLink);
-    }
     let query = query.unwrap_or_default();
-    let origin_query = Link::read_origin_query(query, &resource, signer.link_key())?;
+    let Checked { signer, mount, path, origin_query, origin_key } = check(shield, linked, query).await?;
     let cipher = match &signer {
         Signer::Key(key) => Some(Cipher::choose(shield, key, read_successor(query)).await?),
-        Signer::ClearInit(_) => None,
+        Signer::Clear(_) => None,
     };
     // As the key that encrypts would sign it: what is under another key is another representation.
-    let encrypted = cipher.as_ref().map(|c| (&c.key, Resource { signer: c.key.id.as_bytes(), ..resource }));
-
+    let link = match &cipher {
+        Some(Cipher { key, .. }) => {
+            let link = Link { signer: *key.id.as_bytes(), ..linked.link };
+            Link::to_resource(&link.resource(&mount.origin, &path), &key.secrets.link)
+        }
+        None => linked.link,
+    };
     // What a link leads to under one key never changes, so its proof is a strong validator. An origin's query may
-    // lead elsewhere, and is part of it.
-    let mac = encrypted.as_ref().map_or(link.mac, |(key, resource)| key.secrets.link.link_mac(resource));
-    let mut etag = hex::encode(mac.0);
-    if let Some(query) = &origin_query {
-        etag.push_str(&hex::encode(&Sha256::digest(query)[..4]));
+    // lead elsewhere, and its key to another plaintext: they are part of it.
+    let mut etag = hex::encode(link.mac.0);
+    if origin_query.is_some() || origin_key.is_some() {
+        let mut hash = Sha256::new();
+        hash.update(origin_query.as_deref().unwrap_or_default());
+        if let Some(key) = &origin_key {
+            hash.update([0]);
+            hash.update(&key.reference);
+            hash.update(key.iv);
+        }
+        etag.push_str(&hex::encode(&hash.finalize()[..4]));
     }
     let etag = format!("\"{etag}\"");
-    let stream = signer.stream().clone();
+    let (stream, place) = (signer.stream().clone(), link.place);
     if if_none_match.is_some_and(|tags| names_etag(tags, &etag)) {
-        return Ok(Opened { flow: None, etag, stream, cipher });
+        return Ok(Opened { flow: None, etag, stream, cipher, place });
     }
     let key = FlowKey {
-        signer: cipher.as_ref().map_or(link.signer, |cipher| *cipher.key.id.as_bytes()),
-        place: link.place,
-        origin: place.mount.origin.clone(),
-        path: place.path.clone(),
+        signer: link.signer,
+        place,
+        range: link.range,
+        origin: mount.origin.clone(),
+        path: path.clone(),
         query: origin_query.clone(),
+        origin_key: origin_key.clone(),
     };
     let flow = shield.flows.get_or_fill(key, |writer| {
-        let iv = |(key, resource): (&Arc<LiveKey>, Resource<'_>)| {
-            (Arc::clone(key), key.secrets.link.iv(key.iv_mode, &resource))
-        };
         let fill = Fill {
             upstream: shield.upstream.clone(),
-            mount: place.mount.clone(),
-            path: place.path.clone(),
+            mounts: shield.settings.mounts.clone(),
+            mount: mount.clone(),
+            path,
             query: origin_query,
-            cipher: encrypted.map(iv),
+            link,
+            key: cipher.as_ref().map(|cipher| Arc::clone(&cipher.key)),
+            origin_key,
+            origin_keys: shield.origin_keys.clone(),
             max_bytes: shield.settings.max_segment_bytes,
             timeout: shield.settings.segment_timeout,
             metrics: shield.metrics.clone(),
         };
         async move { fill.run(&writer).await }
     })?;
-    Ok(Opened { flow: Some(flow), etag, stream, cipher })
-}
-
-/// Fetches one segment and encrypts it into its flow.
-struct Fill {
-    upstream: Upstream,
-    mount: Mount,
-    path: String,
-    query: Option<String>,
-    /// `None` for an init section in clear.
-    cipher: Option<(Arc<LiveKey>, Iv)>,
-    max_bytes: u64,
-    timeout: Duration,
-    metrics: Metrics,
-}
-
-impl Fill {
-    async fn run(self, writer: &FlowWriter) -> Result<(), FlowError> {
-        let fetched = tokio::time::timeout(self.timeout, self.fetch(writer)).await;
-        Ok(fetched.unwrap_or_else(|_| Err(OriginError::out_of_time(&self.mount)))?)
-    }
-
-    async fn fetch(&self, writer: &FlowWriter) -> Result<(), OriginError> {
-        let request = OriginRequest {
-            mount: &self.mount,
-            path: &self.path,
-            query: self.query.as_deref(),
-            accept_gzip: false,
-        };
-        let mut response = self.upstream.fetch(request).await?.ok()?.framed()?;
-        let origin = response.origin().to_owned();
-        if let Some(encoding) = response.encoding() {
-            let encoding = encoding.to_owned();
-            return Err(OriginError::Encoded { origin, encoding });
-        }
-        let too_long = || OriginError::TooLong { origin: origin.clone(), limit: self.max_bytes };
-        if response.content_length().is_some_and(|length| length > self.max_bytes) {
-            return Err(too_long());
-        }
-        let total = response.content_length().map(|n| match self.cipher {
-            Some(_) => ciphertext_len(n),
-            None => n,
-        });
-        let content_type = response.header_text(CONTENT_TYPE).map(str::to_owned);
-        writer.head(FlowHead { content_type, total });
-
-        let mut encryptor =
-            self.cipher.as_ref().map(|(key, iv)| SegmentEncryptor::new(&key.secrets.content, *iv));
-        let mut taken = 0;
-        while let Some(chunk) = response.chunk().await? {
-            taken += chunk.len() as u64;
-            if taken > self.max_bytes {
-                return Err(too_long());
-            }
-            match &mut encryptor {
-                Some(encryptor) => {
-                    self.metrics.plaintext_bytes.inc_by(chunk.len() as u64);
-                    writer.append(encryptor.update(&chunk));
-                }
-                None => writer.append(chunk),
-            }
-        }
-        if let Some(encryptor) = encryptor {
-            writer.append(encryptor.finish());
-        }
-        Ok(())
-    }
+    Ok(Opened { flow: Some(flow), etag, stream, cipher, place })
 }
 
 /// Answers a request out of an opened flow. Returns the body bytes that were sent.
@@ -284,6 +252,10 @@ pub(super) async fn answer(session: &mut Session, shield: &Shield, opened: &Open
         let cache_control = match status {
             StatusCode::RANGE_NOT_SATISFIABLE => "no-store".to_owned(),
             _ if opened.cipher.as_ref().is_some_and(|cipher| !cipher.may_be_kept) => "no-store".to_owned(),
+            // As keys of our own.
+            _ if opened.place == Place::OriginKey => {
+                format!("private, max-age={}", shield.settings.key_max_age.as_secs())
+            }
             _ => format!("public, max-age={max_age}, immutable"),
         };
         header.insert_header(CACHE_CONTROL, cache_control)?;

@@ -15,17 +15,21 @@ use pingora::proxy::{HttpProxy, Session, http_proxy_service_with_name};
 use pingora::server::configuration::ServerConf;
 use pingora::services::listening::Service;
 
+use super::directives::Directives;
 use super::flow::Flows;
+use super::origin_keys::OriginKeys;
 use super::pass_through::PassThrough;
 use super::playlists::{self, Playlists};
+use super::publish::{Imports, imports};
 use super::reply::{ALLOWED_METHODS, Refusal, Reply, names_etag, send};
 use super::route::{Route, route};
 use super::settings::ShieldSettings;
 use super::upstream::Upstream;
-use super::{keys, segments};
+use super::{keys, segments, steering};
 use crate::clock::Clock;
 use crate::engine::{Engine, Stream};
 use crate::hls::{OriginPath, normalized_path};
+use crate::keys::Place;
 use crate::telemetry::Metrics;
 
 /// The data plane. Clones share everything.
@@ -47,6 +51,8 @@ pub struct Parts {
     pub(super) settings: ShieldSettings,
     pub(super) flows: Flows,
     pub(super) playlists: Playlists,
+    pub(super) origin_keys: OriginKeys,
+    pub(super) imports: Imports,
     pub(super) metrics: Metrics,
     pub(super) clock: Clock,
 }
@@ -61,7 +67,17 @@ impl Shield {
     ) -> Self {
         let flows = Flows::new(settings.flow_cache_bytes, settings.max_filling_flows, metrics.clone());
         let playlists = Playlists::new(settings.playlist_cache_bytes, settings.stale_if_error);
-        Self(Arc::new(Parts { engine, upstream, settings, flows, playlists, metrics, clock }))
+        Self(Arc::new(Parts {
+            engine,
+            upstream,
+            settings,
+            flows,
+            playlists,
+            origin_keys: OriginKeys::new(),
+            imports: imports(),
+            metrics,
+            clock,
+        }))
     }
 }
 
@@ -200,6 +216,10 @@ impl Shield {
                 notes.kind = "key";
                 keys::serve(id, &self.engine, &self.settings).await.map(Handled::Reply)
             }
+            Route::Segment { linked } if linked.link.place == Place::Steering => {
+                notes.kind = "steering";
+                steering::serve(self, &linked, query.as_deref().unwrap_or_default()).await.map(Handled::Reply)
+            }
             Route::Segment { linked } => {
                 notes.kind = "segment";
                 let known = request.headers.get(IF_NONE_MATCH).and_then(|value| value.to_str().ok());
@@ -213,7 +233,8 @@ impl Shield {
                 notes.kind = "playlist";
                 // What the origin does not ask for (tokens, CMCD) must not multiply playlists.
                 place.query = query.as_deref().and_then(|query| place.mount.playlist_query(query));
-                let reply = playlists::serve(self, &stream, &place).await?;
+                let directives = Directives::of(query.as_deref().unwrap_or_default())?;
+                let reply = playlists::serve(self, &stream, &place, directives).await?;
                 Ok(Handled::Reply(not_modified(session.req_header(), reply)))
             }
             Route::PassThrough { mut place } => {

@@ -13,7 +13,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, HOST, TRANSFER_ENCODING, USER_AGENT};
+use http::header::{
+    ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, HOST, RANGE, TRANSFER_ENCODING,
+    USER_AGENT,
+};
 use http::{HeaderName, StatusCode, Version};
 use parking_lot::Mutex;
 use pingora::connectors::ConnectorOptions;
@@ -25,6 +28,7 @@ use pingora::upstreams::peer::{HttpPeer, Peer};
 use thiserror::Error;
 
 use crate::hls::{BaseUrl, Mount};
+use crate::keys::ByteRange;
 use crate::telemetry::Metrics;
 
 /// How long a resolved address is used before it is asked for again.
@@ -63,6 +67,10 @@ pub enum OriginError {
     BadGzip { origin: String },
     #[error("origin {origin} answered {status}")]
     Status { origin: String, status: StatusCode },
+    #[error("origin {origin}: bytes {} to {} were asked for, and it gave {given}", .range.offset, .range.end().saturating_sub(1))]
+    WrongRange { origin: String, range: ByteRange, given: String },
+    #[error("origin {origin}: what it encrypted cannot be decrypted: {why}")]
+    Undecryptable { origin: String, why: String },
 }
 
 impl OriginError {
@@ -118,6 +126,17 @@ pub struct OriginRequest<'a> {
     pub path: &'a str,
     pub query: Option<&'a str>,
     pub accept_gzip: bool,
+    /// Only these bytes; an origin may give the whole file all the same.
+    pub range: Option<ByteRange>,
+    /// How much longer than usual the origin may think: it blocks until there is something new.
+    pub patience: Duration,
+}
+
+impl<'a> OriginRequest<'a> {
+    /// For the whole of what is at a path, as it is.
+    pub fn to(mount: &'a Mount, path: &'a str) -> Self {
+        Self { mount, path, query: None, accept_gzip: false, range: None, patience: Duration::ZERO }
+    }
 }
 
 /// An origin's answer, its body not read yet.
@@ -225,7 +244,7 @@ impl Upstream {
             .get_http_session(peer)
             .await
             .map_err(|error| Attempt::Failed(failed(error)))?;
-        session.set_read_timeout(peer.options.read_timeout);
+        session.set_read_timeout(peer.options.read_timeout.map(|timeout| timeout + request.patience));
         session.set_write_timeout(peer.options.write_timeout);
         let header = header_for(base, request).map_err(|error| Attempt::Failed(failed(error)))?;
         let exchange = async {
@@ -321,6 +340,9 @@ fn header_for(base: &BaseUrl, request: &OriginRequest<'_>) -> Result<RequestHead
     header.insert_header(HOST, base.authority())?;
     header.insert_header(USER_AGENT, AGENT)?;
     header.insert_header(ACCEPT_ENCODING, if request.accept_gzip { "gzip" } else { "identity" })?;
+    if let Some(range) = request.range {
+        header.insert_header(RANGE, format!("bytes={}-{}", range.offset, range.end().saturating_sub(1)))?;
+    }
     Ok(header)
 }
 
@@ -348,6 +370,22 @@ impl OriginResponse {
             return Ok(self);
         }
         Err(OriginError::Status { origin: self.origin.clone(), status: self.header.status })
+    }
+
+    /// The answer itself, if it is the part `range` of a file, or the whole of one in which the part lies.
+    ///
+    /// # Errors
+    /// [`OriginError::Status`], and [`OriginError::WrongRange`] for another part.
+    pub fn partial(self, range: ByteRange) -> Result<Self, OriginError> {
+        if self.header.status != StatusCode::PARTIAL_CONTENT {
+            return self.ok();
+        }
+        let given = self.header_text(CONTENT_RANGE).unwrap_or("another part").to_owned();
+        let wanted = format!("bytes {}-{}/", range.offset, range.end().saturating_sub(1));
+        if given.starts_with(&wanted) {
+            return Ok(self);
+        }
+        Err(OriginError::WrongRange { origin: self.origin, range, given })
     }
 
     /// The answer itself, if its end can be told from its breaking off.
