@@ -17,6 +17,7 @@ mod ll_encoder;
 mod ll_media;
 mod ll_origin;
 mod ll_playlist;
+mod low_latency;
 mod machine;
 mod nginx;
 mod operators_cli;
