@@ -14,6 +14,7 @@ mod fleet_origin;
 mod harness;
 mod ll_clear;
 mod ll_encoder;
+mod ll_latency;
 mod ll_media;
 mod ll_origin;
 mod ll_playlist;
