@@ -6,12 +6,13 @@ TEST_THREADS ?= 6
 # With the points at which tests kill the process. One build for all tests; never a release (src/fault.rs).
 TEST = $(CARGO) test --locked --features faults
 
-.PHONY: help demo test fleet bench-sweep check fmt build clip clean
+.PHONY: help demo test fleet low-latency bench-sweep check fmt build clip clean
 
 help:
 	@echo "make demo    play an encrypted, rotating live stream at http://127.0.0.1:8080/demo/master.m3u8"
 	@echo "make test    run every test, real players included"
 	@echo "make fleet   run two nodes behind a load balancer for ten minutes (FLEET_SECS for another time)"
+	@echo "make low-latency  how much later parts are there through the shield (LL_SECS for another time)"
 	@echo "make bench-sweep  what sweeps cost at up to 100,000 streams (SIZES=100,1000 for others)"
 	@echo "make check   format and lints"
 	@echo "make build   an optimised binary at target/release/keyshield"
@@ -28,6 +29,10 @@ test:
 fleet:
 	@scripts/bootstrap.sh test
 	FLEET_SECS=$${FLEET_SECS:-600} $(TEST) --test it -- --nocapture fleet::two_nodes
+
+low-latency:
+	@scripts/bootstrap.sh test
+	LL_SECS=$${LL_SECS:-120} $(TEST) --test it -- --nocapture ll_latency::
 
 bench-sweep:
 	@scripts/bootstrap.sh test

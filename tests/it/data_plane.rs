@@ -49,16 +49,21 @@ fn decrypt(segment: &Segment, got: &Got) -> Vec<u8> {
 }
 
 /// A request on a connection of its own, of which the test reads as much as it likes.
-fn open(url: &str) -> TcpStream {
+pub fn open(url: &str) -> TcpStream {
     let url = url::Url::parse(url).unwrap();
     let mut stream = TcpStream::connect((url.host_str().unwrap(), url.port().unwrap())).unwrap();
     stream.set_read_timeout(Some(crate::harness::SOON)).unwrap();
-    write!(stream, "GET {} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n", url.path()).unwrap();
+    write!(
+        stream,
+        "GET {} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n",
+        &url[url::Position::BeforePath..]
+    )
+    .unwrap();
     stream
 }
 
 /// Reads the header and at least `body` bytes behind it.
-fn read_some(stream: &mut TcpStream, body: usize) -> (String, Vec<u8>) {
+pub fn read_some(stream: &mut TcpStream, body: usize) -> (String, Vec<u8>) {
     let mut read = Vec::new();
     let mut buffer = [0; 65_536];
     loop {

@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::thread;
 
 use parking_lot::Mutex;
@@ -53,24 +53,35 @@ impl Answer {
 /// Holds answers back until it is opened; opening it twice is an error of the test.
 #[derive(Clone)]
 pub struct Gate {
-    open: Sender<()>,
-    opened: Arc<Mutex<Receiver<()>>>,
+    /// None where it opens by itself.
+    open: Option<Sender<()>>,
+    pass: Arc<dyn Fn() + Send + Sync>,
 }
 
 impl Gate {
     pub fn new() -> Self {
-        let (open, opened) = channel();
-        Self { open, opened: Arc::new(Mutex::new(opened)) }
+        let (open, opened) = channel::<()>();
+        let opened = Mutex::new(opened);
+        let pass = move || {
+            // A test that failed drops its end: the thread goes on to its own end.
+            let _ = opened.lock().recv();
+        };
+        Self { open: Some(open), pass: Arc::new(pass) }
+    }
+
+    /// One that is open when `wait` returns.
+    pub fn after(wait: impl Fn() + Send + Sync + 'static) -> Self {
+        Self { open: None, pass: Arc::new(wait) }
     }
 
     pub fn open(&self) {
-        self.open.send(()).expect("the gate is there");
+        let open = self.open.as_ref().expect("it does not open by itself");
+        open.send(()).expect("the gate is there");
     }
 
     /// Waits until it is open.
     pub fn pass(&self) {
-        // A test that failed drops its end: the thread goes on to its own end.
-        let _ = self.opened.lock().recv();
+        (self.pass)();
     }
 }
 

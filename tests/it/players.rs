@@ -10,7 +10,7 @@ use crate::harness::{Running, repository};
 use crate::origin::{Answer, Origin};
 
 /// Runs ffmpeg; returns what it wrote to standard output and standard error.
-fn ffmpeg(arguments: &[&str]) -> (String, String) {
+pub fn ffmpeg(arguments: &[&str]) -> (String, String) {
     let output = Command::new("ffmpeg")
         .args(["-hide_banner", "-nostdin", "-v", "error"])
         .args(arguments)

@@ -2,7 +2,7 @@
 // JSON object on stdout:
 //
 //   node hlsjs.mjs --url http://127.0.0.1:8080/demo/master.m3u8 --seconds 45
-//                  [--native] [--screenshot FILE.png]
+//                  [--native] [--low-latency on|off] [--screenshot FILE.png]
 //
 // Exit code 0: it could measure, however badly the stream played; the caller
 // judges the figures. 2: a bad argument, no Chromium, or no Node packages. 1:
@@ -16,7 +16,8 @@
 // be compared for that, which is done elsewhere.
 // The page comes from a server of its own here, so the stream is cross-origin,
 // and the system's Chromium is driven by playwright-core, which brings no
-// browser along. `--native` leaves hls.js out and lets Chromium's own HLS play.
+// browser along. `--native` leaves hls.js out and lets Chromium's own HLS play;
+// `--low-latency` sets hls.js's lowLatencyMode, which is otherwise its default.
 //
 // Network figures come from the DevTools protocol, not from request
 // interception, because interception turns the browser's cache off and the
@@ -31,7 +32,8 @@ import { createServer } from 'node:http';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 
-const USAGE = 'usage: node hlsjs.mjs --url URL --seconds N [--native] [--screenshot FILE.png]';
+const USAGE =
+  'usage: node hlsjs.mjs --url URL --seconds N [--native] [--low-latency on|off] [--screenshot FILE.png]';
 const KEY_PATH = '/api/hls/keys/';
 const MAX_SECONDS = 3600;
 const MAX_TRACKED_KEY_REQUESTS = 10_000;
@@ -96,6 +98,7 @@ function parseArguments(argv) {
         seconds: { type: 'string' },
         screenshot: { type: 'string' },
         native: { type: 'boolean', default: false },
+        'low-latency': { type: 'string' },
         help: { type: 'boolean', default: false },
       },
     }));
@@ -114,7 +117,11 @@ function parseArguments(argv) {
   if (values.screenshot !== undefined && !values.screenshot.endsWith('.png')) {
     throw new Exit(2, `--screenshot must name a .png file; ${USAGE}`);
   }
-  return { ...values, seconds, help: false };
+  const lowLatency = values['low-latency'];
+  if (![undefined, 'on', 'off'].includes(lowLatency)) {
+    throw new Exit(2, `--low-latency must be on or off; ${USAGE}`);
+  }
+  return { ...values, seconds, lowLatency, help: false };
 }
 
 function isHttpUrl(text) {
@@ -220,8 +227,9 @@ function servePage() {
   });
 }
 
-function pageUrl(server, { url, seconds, native }) {
+function pageUrl(server, { url, seconds, native, lowLatency }) {
   const query = new URLSearchParams({ url, seconds: String(seconds), native: native ? '1' : '0' });
+  if (lowLatency !== undefined) query.set('lowLatency', lowLatency);
   return `http://127.0.0.1:${server.address().port}/?${query}`;
 }
 

@@ -4,13 +4,15 @@
 //   ?url=…       the playlist
 //   &seconds=…   wall time to play for; a VOD that ends earlier ends the test
 //   &native=1    the browser's own HLS in place of hls.js
+//   &lowLatency=on|off  lowLatencyMode of hls.js, in place of its default
 //
 // The page only counts; what a figure means is for the caller to say. Every
 // list has a bound, every counter goes on past it.
 //
-// hls.js runs as shipped but for one setting. By default it answers a failed
-// WebCrypto decryption by decrypting once more in JavaScript, without looking
-// at the padding, and hands on whatever comes out. `enableSoftwareAES: false`
+// hls.js runs as shipped but for one setting, and what the query sets. By
+// default it answers a failed WebCrypto decryption by decrypting once more in
+// JavaScript, without looking at the padding, and hands on whatever comes out.
+// `enableSoftwareAES: false`
 // takes that second chance away: a wrong key or a wrong last block is then an
 // error that says so, not noise that some demuxer may or may not stumble on.
 //
@@ -35,9 +37,14 @@ const query = new URLSearchParams(location.search);
 const url = query.get('url');
 const seconds = Number(query.get('seconds'));
 const native = query.get('native') === '1';
+const lowLatency = query.get('lowLatency');
 
 const video = document.getElementById('video');
 const startedAt = performance.now();
+
+/** What the player thinks it is behind the live edge, in seconds; 0 when it does not know. */
+let latencyNow = () => 0;
+const latency = { sum: 0, samples: 0 };
 
 const report = {
   done: false,
@@ -55,6 +62,9 @@ const report = {
   keysLoaded: native ? null : [],
   fragmentsLoaded: native ? null : 0,
   fragmentsDecrypted: native ? null : 0,
+  partsLoaded: native ? null : 0,
+  // Behind the live edge: the mean of all samples since playback began.
+  latencySeconds: null,
   levelsSeen: native ? null : [],
   decodedFrames: 0,
 };
@@ -72,8 +82,11 @@ function playWithHlsJs() {
     record({ type: 'otherError', details: 'mediaSourceUnsupported', fatal: true });
     return;
   }
-  const hls = new Hls({ enableSoftwareAES: false });
+  const chosen = lowLatency === null ? {} : { lowLatencyMode: lowLatency === 'on' };
+  const hls = new Hls({ enableSoftwareAES: false, ...chosen });
+  latencyNow = () => hls.latency;
   const loaded = new Set();
+  const parts = new Set();
   const decrypted = new Set();
   const keys = new Set();
   const levels = new Set();
@@ -88,7 +101,8 @@ function playWithHlsJs() {
   hls.on(Hls.Events.LEVEL_SWITCHED, (_, { level }) => {
     if (addBounded(levels, level)) report.levelsSeen = [...levels];
   });
-  hls.on(Hls.Events.FRAG_LOADED, (_, { frag }) => {
+  hls.on(Hls.Events.FRAG_LOADED, (_, { frag, part }) => {
+    if (part && addBounded(parts, `${nameOf(frag)} ${part.index}`)) report.partsLoaded = parts.size;
     // Parts of one segment arrive as several events and are one fragment here.
     if (frag.sn !== 'initSegment' && addBounded(loaded, nameOf(frag))) {
       report.fragmentsLoaded = loaded.size;
@@ -151,6 +165,12 @@ function watchPlayhead() {
       report.played += moved;
     } else if (moved === 0 && !video.ended) {
       report.stalledSeconds += elapsed;
+    }
+
+    if (report.currentTimeStart !== null && latencyNow() > 0) {
+      latency.sum += latencyNow();
+      latency.samples += 1;
+      report.latencySeconds = latency.sum / latency.samples;
     }
 
     report.seconds = (wall - startedAt) / 1000;
