@@ -15,15 +15,20 @@ use crate::keys::{ContentKey, Iv};
 /// How much longer a sealed segment is than its plaintext: the IV and the tag.
 pub const GCM_OVERHEAD: u64 = 32;
 
-/// Seals one Media Segment. `key` has 32 bytes; another one gives `None`.
-pub fn seal_segment(key: &ContentKey, iv: Iv, plaintext: &[u8]) -> Option<Bytes> {
-    let cipher = AesGcm::<Aes256, U16>::new_from_slice(key.expose()).ok()?;
+/// Seals one Media Segment under a key of 32 bytes.
+///
+/// # Panics
+/// With a key of another length: the method and the length of a content key go together.
+pub fn seal_segment(key: &ContentKey, iv: Iv, plaintext: &[u8]) -> Bytes {
+    let cipher =
+        AesGcm::<Aes256, U16>::new_from_slice(key.expose()).expect("a key of AES-256-GCM has 32 bytes");
     let mut out = BytesMut::with_capacity(plaintext.len() + GCM_OVERHEAD as usize);
     out.extend_from_slice(&iv.0);
     out.extend_from_slice(plaintext);
-    let tag = cipher.encrypt_inout_detached(&iv.0.into(), b"", (&mut out[16..]).into()).ok()?;
-    out.extend_from_slice(&tag);
-    Some(out.freeze())
+    let tag = cipher.encrypt_inout_detached(&iv.0.into(), b"", (&mut out[16..]).into());
+    // NIST SP 800-38D §5.2.1.1: a plaintext may have 64 GiB, and segments are bounded far below.
+    out.extend_from_slice(&tag.expect("a segment is shorter than 64 GiB"));
+    out.freeze()
 }
 
 #[cfg(test)]
@@ -33,14 +38,14 @@ mod tests {
     use super::*;
     use crate::keys::{CONTENT_SECRET_LEN, ContentSecrets, KeyMethod};
 
-    fn key(method: KeyMethod) -> ContentKey {
-        ContentSecrets::from_random(method, &[7; CONTENT_SECRET_LEN]).content
+    fn key() -> ContentKey {
+        ContentSecrets::from_random(KeyMethod::Aes256Gcm, &[7; CONTENT_SECRET_LEN]).content
     }
 
     #[test]
     fn a_sealed_segment_is_its_iv_its_ciphertext_and_its_tag() {
         let plaintext = vec![0x47; 188 * 3 + 1];
-        let sealed = seal_segment(&key(KeyMethod::Aes256), Iv([9; 16]), &plaintext).unwrap();
+        let sealed = seal_segment(&key(), Iv([9; 16]), &plaintext);
         assert_eq!(sealed.len() as u64, plaintext.len() as u64 + GCM_OVERHEAD);
         assert_eq!(sealed[..16], [9; 16]);
         let cipher = AesGcm::<Aes256, U16>::new_from_slice(&[7; 32]).unwrap();
@@ -48,13 +53,8 @@ mod tests {
     }
 
     #[test]
-    fn a_key_of_another_length_seals_nothing() {
-        assert_eq!(seal_segment(&key(KeyMethod::Aes128), Iv([0; 16]), b"x"), None);
-    }
-
-    #[test]
     fn openssl_gives_the_same_for_an_iv_of_16_bytes() {
-        let sealed = seal_segment(&key(KeyMethod::Aes256), Iv([9; 16]), b"keyshield").unwrap();
+        let sealed = seal_segment(&key(), Iv([9; 16]), b"keyshield");
         assert_eq!(hex::encode(&sealed[16..]), OPENSSL);
     }
 

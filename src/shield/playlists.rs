@@ -75,9 +75,11 @@ impl Playlists {
         Self { slots }
     }
 
-    /// What a request comes to. Directives mean nothing where the playlist is known to heed none: they would only
-    /// multiply it.
-    fn wanted(&self, place: &OriginPath<'_>, directives: Directives) -> (SlotKey, Wanted) {
+    /// What a request comes to, as far as the playlist is known without its directives.
+    ///
+    /// # Errors
+    /// [`Refusal::BadDirective`] for a segment that cannot be there soon.
+    fn wanted(&self, place: &OriginPath<'_>, directives: Directives) -> Result<(SlotKey, Wanted), Refusal> {
         let query = place.query.clone().unwrap_or_default();
         let key = |told| (place.mount.origin.clone(), place.path.clone(), query.clone(), told);
         let mut wanted = Wanted {
@@ -91,14 +93,31 @@ impl Playlists {
             && let Some(plain) = self.slots.get(&key(String::new()))
             && let Some(plain) = &plain.results.read().good
         {
-            if !plain.takes_directives {
-                wanted.directives = Directives::default();
-            }
+            wanted.directives = heeded(plain, directives)?;
             // D22 §6.2.5.2: as long as an origin may block.
             wanted.patience = plain.target_duration * 3;
         }
-        (key(wanted.directives.to_query()), wanted)
+        Ok((key(wanted.directives.to_query()), wanted))
     }
+}
+
+/// What of the directives matters, given the playlist as it was without any. Those that do not would only multiply it:
+/// where its origin heeds none, and where what is waited for is there already.
+fn heeded(plain: &Rewritten, directives: Directives) -> Result<Directives, Refusal> {
+    if !plain.takes_directives {
+        return Ok(Directives::default());
+    }
+    let Some(msn) = directives.msn else { return Ok(directives) };
+    if msn < plain.end.0 {
+        return Ok(Directives { msn: None, part: None, ..directives });
+    }
+    // D22 §6.2.5.2 calls two segments ahead too far. The playlist has grown since, at most by one in half a Target
+    // Duration.
+    let since = plain.fetched.elapsed().as_secs_f64() / plain.target_duration.as_secs_f64().max(1.0);
+    if msn > plain.end.plus(3 + 2 * since.ceil() as u64).0 {
+        return Err(Refusal::BadDirective("_HLS_msn is too far ahead of the playlist"));
+    }
+    Ok(directives)
 }
 
 /// What is asked of an origin for a slot.
@@ -122,7 +141,7 @@ pub(super) async fn serve(
     place: &OriginPath<'_>,
     directives: Directives,
 ) -> Result<Reply, Refusal> {
-    let (key, wanted) = shield.playlists.wanted(place, directives);
+    let (key, wanted) = shield.playlists.wanted(place, directives)?;
     let slot = shield.playlists.slots.get_with(key.clone(), Arc::default);
     let mut rewritten = current(shield, stream, &wanted, &slot).await?;
     if !rewritten.may_be_served() {

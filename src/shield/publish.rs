@@ -49,6 +49,8 @@ pub(super) struct Rewritten {
     /// Its origin heeds delivery directives.
     pub(super) takes_directives: bool,
     pub(super) target_duration: Duration,
+    /// One past the last segment that is whole.
+    pub(super) end: MediaSequenceNumber,
 }
 
 impl Rewritten {
@@ -248,6 +250,7 @@ fn finish(
         max_age,
         takes_directives: facts.takes_directives,
         target_duration: target_duration(facts),
+        end: facts.media_sequence.plus(facts.skipped + facts.segments as u64),
     }
 }
 
