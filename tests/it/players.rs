@@ -178,7 +178,7 @@ fn ffmpeg_plays_the_live_demo_over_key_changes_without_an_error() {
 fn hls_js_plays_the_live_demo_over_key_changes_without_an_error() {
     let demo = Running::demo();
     let output = Command::new("node")
-        .arg(repository("tests/players/hlsjs.mjs"))
+        .arg(repository("tests/players/chromium.mjs"))
         .args(["--url", &demo.at("/demo/master.m3u8"), "--seconds", "45"])
         .output()
         .expect("node is installed");
