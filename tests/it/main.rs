@@ -13,6 +13,7 @@ mod fleet;
 mod fleet_origin;
 mod harness;
 mod machine;
+mod media;
 mod nginx;
 mod operators_cli;
 mod origin;
