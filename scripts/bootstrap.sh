@@ -5,10 +5,11 @@
 #
 #   scripts/bootstrap.sh build   a C and C++ compiler, make, cmake, pkg-config
 #   scripts/bootstrap.sh demo    the same: the demo itself needs nothing else
-#   scripts/bootstrap.sh test    also ffmpeg, openssl, curl, Chromium, Node and
-#                                the packages of tests/players, PostgreSQL,
-#                                nginx, Python and the packages of tests/tools
-#                                (the default)
+#   scripts/bootstrap.sh test    also ffmpeg, GStreamer, VLC, Chromium, Node and
+#                                the packages of tests/players (hls.js, Shaka
+#                                Player, video.js, Shaka Packager), openssl,
+#                                curl, PostgreSQL, nginx, Python and the
+#                                packages of tests/tools (the default)
 #
 # Why this shape: it asks for commands, not for packages, so a compiler or a
 # Node from elsewhere is as good as Debian's, and a machine that has everything
@@ -98,6 +99,8 @@ want_build_tools() {
 
 want_test_tools() {
     want ffmpeg ffmpeg ffprobe
+    want_gstreamer
+    want_vlc
     want openssl openssl
     want curl curl
     [[ -e /etc/ssl/certs/ca-certificates.crt ]] || packages+=(ca-certificates)
@@ -115,6 +118,35 @@ want_test_tools() {
     # Not in the PATH of everybody.
     [[ -x /usr/sbin/nginx ]] || want nginx nginx
     python_serves || packages+=(python3 python3-venv)
+}
+
+# What is asked for is plugins, which only GStreamer itself can name. A tool that
+# finds no plugin of a name, or is not there, says so by its exit code alone.
+want_gstreamer() {
+    want gstreamer1.0-tools gst-launch-1.0 gst-inspect-1.0
+    want_plugins gstreamer1.0-plugins-base playbin3 audioconvert
+    want_plugins gstreamer1.0-plugins-good hlsdemux2 souphttpsrc qtdemux
+    want_plugins gstreamer1.0-plugins-bad tsdemux h264parse aacparse
+    want_plugins gstreamer1.0-libav avdec_h264 avdec_aac avdec_ac3
+}
+
+want_plugins() {
+    local package=$1 name
+    shift
+    for name in "$@"; do
+        if ! gst-inspect-1.0 --exists "$name" 2>/dev/null; then
+            packages+=("$package")
+            return
+        fi
+    done
+}
+
+# The program alone plays nothing: HLS and the decoders are plugins too.
+want_vlc() {
+    want vlc-bin cvlc
+    compgen -G '/usr/lib*/*/vlc/plugins/demux/libadaptive_plugin.so' >/dev/null ||
+        compgen -G '/usr/lib/vlc/plugins/demux/libadaptive_plugin.so' >/dev/null ||
+        packages+=(vlc-plugin-base)
 }
 
 # New enough, and able to make a venv with pip in it.
@@ -225,7 +257,7 @@ install_node_packages() {
         return
     fi
     echo "bootstrap: installing the Node packages of tests/players"
-    # Neither package runs a script at installation; none is given the chance.
+    # No package needs a script at its installation; none is given the chance.
     run_quietly npm ci --prefix "$players_dir" --ignore-scripts --no-audit --no-fund ||
         fail_with_log "npm ci failed in $players_dir"
     cp -- "$lock" "$stamp"

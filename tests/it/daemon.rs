@@ -2,7 +2,8 @@
 //! ends: a shell stands between that stops the server, by its process ID, when the pipe from here closes.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
@@ -58,4 +59,16 @@ impl Drop for Daemon {
         drop(self.shell.stdin.take());
         let _ = self.shell.wait();
     }
+}
+
+/// What to put before the command line of a program that refuses to be root: root lends it a folder, and runs it as
+/// a user and group of Debian's.
+pub fn as_user(folder: &Path, [user, group]: [&str; 2]) -> Vec<String> {
+    if std::fs::metadata(folder).unwrap().uid() != 0 {
+        return Vec::new();
+    }
+    let lent = Command::new("chown").arg(format!("{user}:{group}")).arg(folder).status();
+    assert!(lent.is_ok_and(|status| status.success()), "{} is lent to {user}", folder.display());
+    ["setpriv".to_owned(), format!("--reuid={user}"), format!("--regid={group}"), "--clear-groups".to_owned()]
+        .into()
 }

@@ -15,11 +15,15 @@ pub use crate::machine::{SOON, free_port, pause};
 /// The shield's binary, as cargo built it.
 pub const KEYSHIELD: &str = env!("CARGO_BIN_EXE_keyshield");
 
-/// So many seconds as an environment variable says. What begins with KEYSHIELD_ is the product's: not one of those.
+/// An environment variable. What begins with KEYSHIELD_ is the product's: not one of those.
 #[expect(clippy::disallowed_methods, reason = "it sets a test, not the product")]
-pub fn secs_from(variable: &str, default: u64) -> Duration {
-    let secs = std::env::var(variable).map_or(default, |secs| secs.parse().expect("a number of seconds"));
-    Duration::from_secs(secs)
+pub fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+/// So many seconds as an environment variable says.
+pub fn secs_from(name: &str, default: u64) -> Duration {
+    Duration::from_secs(variable(name).map_or(default, |secs| secs.parse().expect("a number of seconds")))
 }
 
 /// Waits until `done` gives something, and says what did not happen otherwise.

@@ -17,7 +17,7 @@ use crate::players::ffmpeg;
 pub fn hls_js_report(url: &str, duration: Duration) -> Value {
     let secs = duration.as_secs().to_string();
     let output = Command::new("node")
-        .arg(repository("tests/players/hlsjs.mjs"))
+        .arg(repository("tests/players/chromium.mjs"))
         .args(["--url", url, "--seconds", &secs, "--low-latency", "on"])
         .output()
         .expect("node is installed");

@@ -1,13 +1,14 @@
-//! Real players: ffmpeg and hls.js in Chromium.
+//! What ffmpeg demuxes through the shield, to the bit, and the live demo in ffmpeg and hls.js. What other players take is
+//! in the player matrix.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
 
 use crate::harness::{Running, repository};
-use crate::origin::{Answer, Origin};
+use crate::media::{Media, folder_origin, make_one};
+use crate::origin::Origin;
 
 /// Runs ffmpeg; returns what it wrote to standard output and standard error.
 pub fn ffmpeg(arguments: &[&str]) -> (String, String) {
@@ -28,71 +29,12 @@ fn stream_hashes(url: &str) -> String {
     hashes
 }
 
-fn key_uris(playlist: &str) -> BTreeSet<String> {
+pub fn key_uris(playlist: &str) -> BTreeSet<String> {
     playlist
         .lines()
         .filter_map(|line| line.strip_prefix("#EXT-X-KEY:")?.split("URI=\"").nth(1)?.split('"').next())
         .map(str::to_owned)
         .collect()
-}
-
-/// How media is packed into segments.
-#[derive(Clone, Copy, PartialEq)]
-enum Container {
-    Ts,
-    Fmp4,
-}
-
-/// A VOD of 24 s, made by ffmpeg, in folder `dir`: two-second segments of one container.
-fn make_vod(dir: &Path, container: Container) {
-    let (pattern, segment_type) = match container {
-        Container::Ts => ("seg_%03d.ts", "mpegts"),
-        Container::Fmp4 => ("seg_%03d.m4s", "fmp4"),
-    };
-    let path = |name: &str| dir.join(name).display().to_string();
-    let (segments, playlist) = (path(pattern), path("vod.m3u8"));
-    let mut arguments = vec![
-        "-f",
-        "lavfi",
-        "-i",
-        "testsrc2=size=320x180:rate=25",
-        "-f",
-        "lavfi",
-        "-i",
-        "sine=sample_rate=48000",
-        "-t",
-        "24",
-        "-c:v",
-        "libx264",
-        "-preset",
-        "ultrafast",
-        "-g",
-        "50",
-        "-c:a",
-        "aac",
-        "-f",
-        "hls",
-        "-hls_time",
-        "2",
-        "-hls_playlist_type",
-        "vod",
-        "-hls_segment_filename",
-        &segments,
-    ];
-    arguments.extend(["-hls_segment_type", segment_type, &playlist]);
-    ffmpeg(&arguments);
-}
-
-/// An origin that serves the files of a folder below `/vod/`.
-fn folder_origin(dir: &Path) -> Origin {
-    let dir = dir.to_owned();
-    Origin::start(move |request| {
-        let name = request.target.strip_prefix("/vod/").unwrap_or_default();
-        match std::fs::read(dir.join(name)) {
-            Ok(body) => Answer::ok(body),
-            Err(_) => Answer::status(404),
-        }
-    })
 }
 
 fn vod_shield(origin: &Origin, policy: &str) -> Running {
@@ -104,9 +46,9 @@ fn vod_shield(origin: &Origin, policy: &str) -> Running {
     ))
 }
 
-fn check_vod(container: Container, policy: &str) {
+fn check_vod(media: Media, policy: &str) {
     let dir = tempfile::tempdir().unwrap();
-    make_vod(dir.path(), container);
+    make_one(media, &dir.path().join("vod"));
     let origin = folder_origin(dir.path());
     let shield = vod_shield(&origin, policy);
     let playlist = shield.get("/vod/vod.m3u8").text();
@@ -118,31 +60,31 @@ fn check_vod(container: Container, policy: &str) {
 
 #[test]
 fn ffmpeg_demuxes_a_ts_vod_through_the_shield_as_from_the_origin() {
-    check_vod(Container::Ts, "");
+    check_vod(Media::FfmpegTs, "");
 }
 
 #[test]
 fn ffmpeg_demuxes_an_fmp4_vod_through_the_shield_as_from_the_origin() {
-    check_vod(Container::Fmp4, "");
+    check_vod(Media::FfmpegFmp4, "");
 }
 
 #[test]
 fn ffmpeg_demuxes_an_fmp4_vod_whose_init_section_is_encrypted_too() {
-    check_vod(Container::Fmp4, "encrypt_init_sections = true\n");
+    check_vod(Media::FfmpegFmp4, "encrypt_init_sections = true\n");
 }
 
 #[test]
 fn ffmpeg_demuxes_the_other_iv_modes_too() {
-    check_vod(Container::Ts, "iv_mode = \"period\"\n");
-    check_vod(Container::Ts, "iv_mode = \"sequence\"\n");
+    check_vod(Media::FfmpegTs, "iv_mode = \"period\"\n");
+    check_vod(Media::FfmpegTs, "iv_mode = \"sequence\"\n");
 }
 
 #[test]
 fn ffmpeg_plays_an_event_as_it_grows() {
     // A VOD without its end, marked EVENT: what a recording looks like while it runs.
     let dir = tempfile::tempdir().unwrap();
-    make_vod(dir.path(), Container::Ts);
-    let playlist = dir.path().join("vod.m3u8");
+    make_one(Media::FfmpegTs, &dir.path().join("vod"));
+    let playlist = dir.path().join("vod/vod.m3u8");
     let event = std::fs::read_to_string(&playlist).unwrap().replace("TYPE:VOD", "TYPE:EVENT");
     let whole = event.clone();
     let half: String = event.split_inclusive('\n').take(5 + 2 * 6).collect();
@@ -178,7 +120,7 @@ fn ffmpeg_plays_the_live_demo_over_key_changes_without_an_error() {
 fn hls_js_plays_the_live_demo_over_key_changes_without_an_error() {
     let demo = Running::demo();
     let output = Command::new("node")
-        .arg(repository("tests/players/hlsjs.mjs"))
+        .arg(repository("tests/players/chromium.mjs"))
         .args(["--url", &demo.at("/demo/master.m3u8"), "--seconds", "45"])
         .output()
         .expect("node is installed");

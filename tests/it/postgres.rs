@@ -6,8 +6,7 @@
 //! nobody else is given.
 
 use std::net::SocketAddr;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
@@ -15,7 +14,7 @@ use std::sync::{Arc, Weak};
 use parking_lot::Mutex;
 use tempfile::TempDir;
 
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, as_user};
 use crate::machine::free_port;
 
 /// Settings for what need not survive: the loss of power may take it.
@@ -51,7 +50,9 @@ impl Postgres {
         let program = |name: &str| programs.join(name).display().to_string();
         let (initdb, postgres, pg_isready) = (program("initdb"), program("postgres"), program("pg_isready"));
         let data = dir.path().join("data").display().to_string();
-        let as_postgres = as_postgres(dir.path());
+        // PostgreSQL refuses to be root.
+        let as_postgres = as_user(dir.path(), ["postgres", "postgres"]);
+        let as_postgres: Vec<&str> = as_postgres.iter().map(String::as_str).collect();
 
         let make = [&initdb, "-D", &data, "-U", "postgres", "-A", "trust", "--no-sync", "--locale=C.UTF-8"];
         // Text is sorted as most installations sort it, which is not by its bytes.
@@ -109,15 +110,6 @@ fn programs() -> PathBuf {
     let version = |folder: &PathBuf| folder.file_name()?.to_str()?.parse::<u32>().ok();
     let newest = folders.filter(|folder| folder.join("bin/initdb").exists()).max_by_key(version);
     newest.expect("scripts/bootstrap.sh test installs PostgreSQL").join("bin")
-}
-
-/// PostgreSQL refuses to be root: root lends it a folder, and runs it as Debian's user for it.
-fn as_postgres(folder: &Path) -> Vec<&'static str> {
-    if std::fs::metadata(folder).unwrap().uid() != 0 {
-        return Vec::new();
-    }
-    run(&["chown", "postgres:postgres", &folder.display().to_string()]);
-    vec!["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
 }
 
 /// Runs a command to its end, which must be good, and gives what it printed.

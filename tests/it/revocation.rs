@@ -204,7 +204,7 @@ fn hls_js_and_ffmpeg_play_through_a_revocation() {
     let spawn = |command: &mut std::process::Command| {
         command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap()
     };
-    let hls = spawn(std::process::Command::new("node").arg(repository("tests/players/hlsjs.mjs")).args([
+    let hls = spawn(std::process::Command::new("node").arg(repository("tests/players/chromium.mjs")).args([
         "--url",
         &url,
         "--seconds",

@@ -1,8 +1,14 @@
 // Plays a stream in headless Chromium and prints what the player saw, as one
 // JSON object on stdout:
 //
-//   node hlsjs.mjs --url http://127.0.0.1:8080/demo/master.m3u8 --seconds 45
-//                  [--native] [--low-latency on|off] [--screenshot FILE.png]
+//   node chromium.mjs --url http://127.0.0.1:8080/demo/master.m3u8 --seconds 45
+//                     [--player hlsjs|shaka|videojs|native]... [--rate N]
+//                     [--low-latency on|off] [--screenshot FILE.png]
+//
+// Several `--player`s (default: hlsjs) play side by side, each on a page of
+// its own in one browser; their objects come one a line, in that order.
+// `native` is Chromium's own HLS. `--rate` plays a VOD faster than it is.
+// `--low-latency` sets lowLatencyMode of hls.js, which is otherwise its default.
 //
 // Exit code 0: it could measure, however badly the stream played; the caller
 // judges the figures. 2: a bad argument, no Chromium, or no Node packages. 1:
@@ -16,8 +22,7 @@
 // be compared for that, which is done elsewhere.
 // The page comes from a server of its own here, so the stream is cross-origin,
 // and the system's Chromium is driven by playwright-core, which brings no
-// browser along. `--native` leaves hls.js out and lets Chromium's own HLS play;
-// `--low-latency` sets hls.js's lowLatencyMode, which is otherwise its default.
+// browser along.
 //
 // Network figures come from the DevTools protocol, not from request
 // interception, because interception turns the browser's cache off and the
@@ -32,10 +37,12 @@ import { createServer } from 'node:http';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 
-const USAGE =
-  'usage: node hlsjs.mjs --url URL --seconds N [--native] [--low-latency on|off] [--screenshot FILE.png]';
+const PLAYERS = ['hlsjs', 'shaka', 'videojs', 'native'];
+const USAGE = 'usage: node chromium.mjs --url URL --seconds N ' +
+  `[--player ${PLAYERS.join('|')}]... [--rate N] [--low-latency on|off] [--screenshot FILE.png]`;
 const KEY_PATH = '/api/hls/keys/';
 const MAX_SECONDS = 3600;
+const MAX_RATE = 16; // Chromium's own limit
 const MAX_TRACKED_KEY_REQUESTS = 10_000;
 const HARD_TIMEOUT_MARGIN_SECS = 60;
 const CLOSE_TIMEOUT_MS = 10_000;
@@ -53,10 +60,15 @@ const CHROMIUM_ARGS = [
 ];
 
 // The whole of what the page's server serves. A table has no path to climb out of.
+const JAVASCRIPT = 'text/javascript; charset=utf-8';
 const PAGES = {
-  '/': ['page/player.html', 'text/html; charset=utf-8'],
-  '/player.js': ['page/player.js', 'text/javascript; charset=utf-8'],
-  '/hls.min.js': ['node_modules/hls.js/dist/hls.min.js', 'text/javascript; charset=utf-8'],
+  '/': ['page/index.html', 'text/html; charset=utf-8'],
+  '/main.js': ['page/main.js', JAVASCRIPT],
+  '/library.js': ['page/library.js', JAVASCRIPT],
+  ...Object.fromEntries(PLAYERS.map((player) => [`/players/${player}.js`, [`page/players/${player}.js`, JAVASCRIPT]])),
+  '/hls.min.js': ['node_modules/hls.js/dist/hls.min.js', JAVASCRIPT],
+  '/shaka-player.js': ['node_modules/shaka-player/dist/shaka-player.compiled.js', JAVASCRIPT],
+  '/video.js': ['node_modules/video.js/dist/video.min.js', JAVASCRIPT],
 };
 
 /** An end with a code of its own and one line for the user. */
@@ -79,11 +91,11 @@ async function main() {
       console.log(USAGE);
       return 0;
     }
-    console.log(JSON.stringify(await measureWithin(options)));
+    for (const report of await measureWithin(options)) console.log(JSON.stringify(report));
     return 0;
   } catch (error) {
     const line = String(error?.message ?? error).split('\n')[0];
-    console.error(`hlsjs.mjs: ${line}`);
+    console.error(`chromium.mjs: ${line}`);
     return error instanceof Exit ? error.code : 1;
   }
 }
@@ -97,7 +109,8 @@ function parseArguments(argv) {
         url: { type: 'string' },
         seconds: { type: 'string' },
         screenshot: { type: 'string' },
-        native: { type: 'boolean', default: false },
+        player: { type: 'string', multiple: true, default: ['hlsjs'] },
+        rate: { type: 'string', default: '1' },
         'low-latency': { type: 'string' },
         help: { type: 'boolean', default: false },
       },
@@ -117,11 +130,17 @@ function parseArguments(argv) {
   if (values.screenshot !== undefined && !values.screenshot.endsWith('.png')) {
     throw new Exit(2, `--screenshot must name a .png file; ${USAGE}`);
   }
+  const rate = Number(values.rate);
+  if (!(rate > 0 && rate <= MAX_RATE)) {
+    throw new Exit(2, `--rate must be a number above 0 and up to ${MAX_RATE}; ${USAGE}`);
+  }
+  const unknown = values.player.find((player) => !PLAYERS.includes(player));
+  if (unknown !== undefined) throw new Exit(2, `--player ${unknown} is not known; ${USAGE}`);
   const lowLatency = values['low-latency'];
   if (![undefined, 'on', 'off'].includes(lowLatency)) {
     throw new Exit(2, `--low-latency must be on or off; ${USAGE}`);
   }
-  return { ...values, seconds, lowLatency, help: false };
+  return { ...values, seconds, rate, lowLatency, help: false };
 }
 
 function isHttpUrl(text) {
@@ -163,28 +182,32 @@ async function measure(options, held) {
   const chromium = await loadPlaywright();
   held.server = await servePage();
   held.browser = await launch(chromium);
+  return Promise.all(options.player.map((player) => measureOne(player, options, held)));
+}
 
-  const page = await held.browser.newPage({ viewport: { width: 680, height: 460 } });
+async function measureOne(player, options, { server, browser }) {
+  // A context of its own: one player's cache would serve the others.
+  const context = await browser.newContext({ viewport: { width: 680, height: 460 } });
+  const page = await context.newPage();
   const pageErrors = watchPage(page);
   const network = await watchKeyRequests(page);
 
-  await page.goto(pageUrl(held.server, options), { waitUntil: 'load' });
+  await page.goto(pageUrl(server, player, options), { waitUntil: 'load' });
   // The page keeps the time; the margin is for a machine that is busy.
   await page.waitForFunction(() => window.__report?.done, null, {
     polling: 250,
     timeout: (options.seconds + HARD_TIMEOUT_MARGIN_SECS / 2) * 1000,
   }).catch((error) => {
-    throw new Exit(1, `the page did not finish: ${pageErrors[0] ?? error.message}`);
+    throw new Exit(1, `the page of ${player} did not finish: ${pageErrors[0] ?? error.message}`);
   });
   const seen = await page.evaluate(() => window.__report);
   if (options.screenshot !== undefined) await takeScreenshot(page, options.screenshot);
-
-  return reportOf(seen, network, held.browser.version());
+  return reportOf(seen, network, browser.version());
 }
 
 async function loadPlaywright() {
   try {
-    statSync(fileOf('node_modules/hls.js/dist/hls.min.js'));
+    for (const [path] of Object.values(PAGES)) statSync(fileOf(path));
     return (await import('playwright-core')).chromium;
   } catch {
     throw new Exit(2, 'the Node packages are missing; run scripts/bootstrap.sh test');
@@ -227,8 +250,8 @@ function servePage() {
   });
 }
 
-function pageUrl(server, { url, seconds, native, lowLatency }) {
-  const query = new URLSearchParams({ url, seconds: String(seconds), native: native ? '1' : '0' });
+function pageUrl(server, player, { url, seconds, rate, lowLatency }) {
+  const query = new URLSearchParams({ player, url, seconds: String(seconds), rate: String(rate) });
   if (lowLatency !== undefined) query.set('lowLatency', lowLatency);
   return `http://127.0.0.1:${server.address().port}/?${query}`;
 }
@@ -270,7 +293,7 @@ async function takeScreenshot(page, path) {
     await page.screenshot({ path, timeout: SCREENSHOT_TIMEOUT_MS });
   } catch (error) {
     // The figures are what was asked for; a missing picture does not void them.
-    console.error(`hlsjs.mjs: no screenshot: ${error.message.split('\n')[0]}`);
+    console.error(`chromium.mjs: no screenshot: ${error.message.split('\n')[0]}`);
   }
 }
 
@@ -280,7 +303,7 @@ function reportOf(seen, network, browserVersion) {
     player,
     browser: `Chromium ${browserVersion}`,
     ...figures,
-    // The native player tells a page nothing of its keys; the network does.
+    // A player that tells a page nothing of its keys: the network does.
     keysLoaded: keysLoaded ?? [...network.delivered],
     keyRequests: network.sent - network.fromCache,
   };
