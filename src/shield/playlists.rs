@@ -169,9 +169,8 @@ pub(super) async fn serve(
     }
     named.dedup();
     let age = rewritten.fetched.elapsed().as_secs();
-    let max_age = rewritten.max_age.as_secs().max(1);
     Ok(Reply::new(StatusCode::OK, CONTENT_TYPE_M3U8, rewritten.body.clone())
-        .with(CACHE_CONTROL, format!("public, max-age={max_age}"))
+        .with(CACHE_CONTROL, rewritten.cache_control.clone())
         .with(AGE, age.to_string())
         .with(ETAG, rewritten.etag.clone())
         .tagged(&stream.id, &named))

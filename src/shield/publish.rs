@@ -45,7 +45,7 @@ pub(super) struct Rewritten {
     pub(super) stream: Arc<Stream>,
     pub(super) fetched: Instant,
     pub(super) ttl: Duration,
-    pub(super) max_age: Duration,
+    pub(super) cache_control: String,
     /// Its origin heeds delivery directives.
     pub(super) takes_directives: bool,
     pub(super) target_duration: Duration,
@@ -214,22 +214,25 @@ fn period_key(published: &Published, msn: MediaSequenceNumber) -> Option<PeriodK
     })
 }
 
-/// How long a Media Playlist is fresh here, and how long caches are told to keep it (D22 appendix B.1).
-fn freshness(facts: &MediaFacts, directives: Directives) -> (Duration, Duration) {
-    let target = Duration::from_secs(facts.target_duration_secs.max(1));
+/// How long a playlist is fresh here, and what caches are told (D22 appendix B.1).
+fn freshness(facts: &MediaFacts, directives: Directives) -> (Duration, String) {
+    let public = |age: Duration| format!("public, max-age={}", age.as_secs().max(1));
     if facts.ended {
-        return (STEADY_TTL, STEADY_TTL);
+        return (STEADY_TTL, public(STEADY_TTL));
     }
-    // What was waited for does not change by being there longer: who asks for the same has not seen it yet.
-    if directives.msn.is_some() {
-        return (target, target * 6);
-    }
+    let target = Duration::from_secs(facts.target_duration_secs.max(1));
     let live = (target / 4).clamp(*LIVE_TTL.start(), *LIVE_TTL.end());
-    if facts.is_low_latency {
-        let half = Duration::try_from_secs_f64(facts.part_target_secs / 2.0).unwrap_or(live);
-        return (half.clamp(*LOW_LATENCY_TTL.start(), *LOW_LATENCY_TTL.end()), Duration::from_secs(1));
+    if !facts.is_low_latency {
+        return (live, public(target / 2));
     }
-    (live, target / 2)
+    let half_a_part = Duration::try_from_secs_f64(facts.part_target_secs / 2.0).unwrap_or(live);
+    let ttl = half_a_part.clamp(*LOW_LATENCY_TTL.start(), *LOW_LATENCY_TTL.end());
+    match directives.msn {
+        // Who asks for it has not seen it yet, however late: for shared caches. But video.js asks again for the part that
+        // it has, and must not be answered by its browser.
+        Some(_) => (ttl, format!("public, max-age=0, s-maxage={}", (target * 6).as_secs())),
+        None => (ttl, public(Duration::from_secs(1))),
+    }
 }
 
 fn finish(
@@ -239,7 +242,7 @@ fn finish(
     facts: &MediaFacts,
     directives: Directives,
 ) -> Rewritten {
-    let (ttl, max_age) = freshness(facts, directives);
+    let (ttl, cache_control) = freshness(facts, directives);
     Rewritten {
         etag: format!("\"{}\"", hex::encode(&Sha256::digest(text.as_bytes())[..12])),
         body: text.into(),
@@ -247,7 +250,7 @@ fn finish(
         stream: Arc::clone(stream),
         fetched: Instant::now(),
         ttl,
-        max_age,
+        cache_control,
         takes_directives: facts.takes_directives,
         target_duration: target_duration(facts),
         end: facts.media_sequence.plus(facts.skipped + facts.segments as u64),
@@ -261,23 +264,26 @@ mod tests {
     #[test]
     fn caches_keep_a_live_playlist_for_half_its_target_duration() {
         let mut facts = MediaFacts { segments: 3, target_duration_secs: 6, ..MediaFacts::default() };
-        let plain = Directives::default();
-        assert_eq!(freshness(&facts, plain), (Duration::from_millis(1500), Duration::from_secs(3)));
+        let check = |facts: &MediaFacts, millis, told: &str| {
+            let expected = (Duration::from_millis(millis), told.to_owned());
+            assert_eq!(freshness(facts, Directives::default()), expected);
+        };
+        check(&facts, 1_500, "public, max-age=3");
         facts.ended = true;
-        assert_eq!(freshness(&facts, plain), (STEADY_TTL, STEADY_TTL));
+        check(&facts, 10_000, "public, max-age=10");
     }
 
     #[test]
-    fn caches_keep_what_players_waited_for_and_hardly_anything_else_with_parts() {
+    fn shared_caches_keep_what_players_waited_for_and_hardly_anything_else_with_parts() {
         let facts = MediaFacts {
             target_duration_secs: 4,
             is_low_latency: true,
             part_target_secs: 0.5,
             ..MediaFacts::default()
         };
+        let ttl = Duration::from_millis(250);
         let blocking = Directives { msn: Some(7), ..Directives::default() };
-        assert_eq!(freshness(&facts, blocking), (Duration::from_secs(4), Duration::from_secs(24)));
-        let plain = freshness(&facts, Directives::default());
-        assert_eq!(plain, (Duration::from_millis(250), Duration::from_secs(1)));
+        assert_eq!(freshness(&facts, blocking), (ttl, "public, max-age=0, s-maxage=24".to_owned()));
+        assert_eq!(freshness(&facts, Directives::default()), (ttl, "public, max-age=1".to_owned()));
     }
 }

@@ -5,26 +5,24 @@
 //! ended without an error says little. What a player does not take for reasons of its own is part of the table, and a
 //! cell that turns out otherwise than the table says fails the test, whichever way.
 //!
-//! A row that the shield refuses (`keyshield rewrite` says whether it does) is played in clear, from the origin, and the
-//! table says so: the media are known to be good by the time that the shield takes them.
-//!
 //! `PLAYERS_TABLE=write` writes the table instead of comparing it. `PLAYERS_ROWS=WORD` plays only the rows that have
 //! the word in their titles, and leaves the table alone.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
-use std::path::Path;
-use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use crate::harness::{KEYSHIELD, Running, get, repository, variable};
+use crate::harness::{Running, repository, variable};
+use crate::ll_origin::{LlOrigin, MASTER, Parts};
+use crate::low_latency;
 use crate::media::{CLIP_FRAMES, CLIP_SECS, Media, folder_origin, make_clip, packager_version};
 use crate::origin::Origin;
 use crate::players::key_uris;
-use crate::real_players::{Played, Player, play_in_all};
+use crate::real_players::{LIVE, Played, Player, RECORDED, play_in_all};
 use Otherwise::{Fails, Varies, Without};
 use Player::{Ffmpeg, GStreamer, HlsJs, Shaka, VideoJs, Vlc};
 
@@ -42,7 +40,6 @@ struct Row {
     media: Media,
     method: &'static str,
     encrypts_init_sections: bool,
-    /// What holds of the encrypted row; in clear, everything is to play.
     otherwise: &'static [(Player, Otherwise)],
 }
 
@@ -53,6 +50,9 @@ const fn row(media: Media, method: &'static str, otherwise: &'static [(Player, O
 const SEGMENTS_PER_KEY: &str = "4";
 /// Rows at a time. The players wait more than they compute.
 const WORKERS: usize = 4;
+/// Of 20 s of a live stream, at 25 pictures a second, less the time it takes to begin. A key is for three seconds.
+const LIVE_FRAMES: u64 = 300;
+const LIVE_AUDIO_SECS: f64 = 12.0;
 /// How much a decoder or an encoder may hold back at the end.
 const LOST_FRAMES: u64 = 10;
 /// Likewise of sound, and what a player skips to begin where both begin.
@@ -103,11 +103,25 @@ static ROWS: &[Row] = &[
     row(Media::PackedAc3, "AES-128", &[(HlsJs, NO_AC3), (Shaka, NO_AC3), (VideoJs, NO_AC3)]),
 ];
 
-/// LL-HLS, from an origin of its own that makes Partial Segments as time goes by: no line until there is one.
-///
-/// A live stream has no end and no number of pictures: its lines are made by [`Line::of`] with a verdict of their own.
-fn ll_hls() -> Vec<Line> {
-    Vec::new()
+/// Low-Latency HLS, from an origin that makes Partial Segments as time goes by. It has no end and no number of pictures: a
+/// player plays it that has most of the time's.
+fn low_latency() -> Line {
+    let origin = LlOrigin::start(Duration::from_secs(45), Parts::Files);
+    let shield = low_latency::shield(&origin);
+    let played = play_in_all(&shield.at(MASTER), LIVE);
+    for (player, played) in &played {
+        println!("low latency: {}: {played:?}", player.name());
+    }
+    Line::of("Low-Latency HLS, fMP4 (live)", "AES-128", FMP4, played, |_, played, _| {
+        let fail = |what: String| Err(format!("{what}; it said: {}", played.errors.trim()));
+        if played.video_frames < LIVE_FRAMES {
+            return fail(format!("{} of {LIVE_FRAMES} pictures", played.video_frames));
+        }
+        if played.audio_secs < LIVE_AUDIO_SECS {
+            return fail(format!("{:.1} s of {LIVE_AUDIO_SECS} s of sound", played.audio_secs));
+        }
+        if played.errors.is_empty() { Ok(()) } else { fail("an error".to_owned()) }
+    })
 }
 
 /// One line of the table, filled.
@@ -176,29 +190,25 @@ fn every_player_plays_what_the_table_says() {
     for (name, row) in &rows {
         row.media.make(&clip, &dir.path().join(name));
     }
-    let (taken, clear): (Vec<_>, Vec<_>) =
-        rows.iter().partition(|(name, row)| is_taken(row, &dir.path().join(name)));
-    let shield = Running::serve(&config(&origin, &taken));
+    let shield = Running::serve(&config(&origin, &rows));
 
-    let jobs: Vec<_> =
-        taken.iter().map(|job| (job, true)).chain(clear.iter().map(|job| (job, false))).collect();
-    let (encrypted, plain) = (shield.url.clone(), origin.url());
     let (next, lines) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
     std::thread::scope(|scope| {
         for _ in 0..WORKERS {
             scope.spawn(|| {
-                while let Some(((name, row), is_shielded)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let line =
-                        play_row(name, row, if *is_shielded { &encrypted } else { &plain }, *is_shielded);
-                    let place = ROWS.iter().position(|other| std::ptr::eq(other, *row));
-                    lines.lock().insert(place, line);
+                loop {
+                    let at = next.fetch_add(1, Ordering::Relaxed);
+                    let Some((name, row)) = rows.get(at) else { return };
+                    lines.lock().insert(at, play_row(name, row, &shield));
                 }
             });
         }
     });
     let mut lines: Vec<Line> = lines.into_inner().into_values().collect();
-    assert_eq!(lines.len(), jobs.len(), "a line a row");
-    lines.extend(ll_hls());
+    assert_eq!(lines.len(), rows.len(), "a line a row");
+    if only.as_ref().is_none_or(|word| "Low-Latency HLS".contains(word)) {
+        lines.push(low_latency());
+    }
 
     let surprises: Vec<&str> = lines.iter().flat_map(|line| &line.surprises).map(String::as_str).collect();
     assert!(surprises.is_empty(), "otherwise than the table says:\n{}", surprises.join("\n"));
@@ -212,15 +222,7 @@ fn title(row: &Row) -> String {
     format!("{}{init}", row.media.title())
 }
 
-/// Whether this version of the shield encrypts such media.
-fn is_taken(row: &Row, dir: &Path) -> bool {
-    let playlist = dir.join(row.media.media_playlist());
-    let output =
-        Command::new(KEYSHIELD).args(["rewrite", "--key-method", row.method]).arg(playlist).output().unwrap();
-    output.status.success()
-}
-
-fn config(origin: &Origin, rows: &[&(String, &Row)]) -> String {
+fn config(origin: &Origin, rows: &[(String, &Row)]) -> String {
     let url = origin.url();
     let mut config = format!("[[origins]]\nname = \"media\"\nurls = [\"{url}\"]\n");
     for (name, row) in rows {
@@ -238,18 +240,14 @@ fn config(origin: &Origin, rows: &[&(String, &Row)]) -> String {
     config
 }
 
-fn play_row(name: &str, row: &Row, base: &str, is_shielded: bool) -> Line {
-    let played = play_in_all(&format!("{base}/{name}/{}", row.media.playlist()));
+fn play_row(name: &str, row: &Row, shield: &Running) -> Line {
+    let played = play_in_all(&shield.at(&format!("/{name}/{}", row.media.playlist())), RECORDED);
     for (player, played) in &played {
         println!("{}, {}: {}: {played:?}", title(row), row.method, player.name());
     }
-    let judge = |player, played: &Played, otherwise| judge(row.media, player, played, otherwise);
-    if !is_shielded {
-        let method = format!("in clear ({} is to come)", row.method);
-        return Line::of(&title(row), &method, &[], played, judge);
-    }
-    let playlist = get(&format!("{base}/{name}/{}", row.media.media_playlist())).text();
+    let playlist = shield.get(&format!("/{name}/{}", row.media.media_playlist())).text();
     assert!(key_uris(&playlist).len() >= 3, "two key changes: {playlist}");
+    let judge = |player, played: &Played, otherwise| judge(row.media, player, played, otherwise);
     Line::of(&title(row), row.method, row.otherwise, played, judge)
 }
 
@@ -300,9 +298,8 @@ fn introduction() -> String {
          Written by `tests/it/player_matrix.rs`, which plays every row in every player through the shield and fails where\n\
          a cell is not as it stands here; `PLAYERS_TABLE=write make test` writes it anew.\n\n\
          ✓ means that all pictures and all sound of {CLIP_SECS} s came out of the player's decoders, over two key changes at\n\
-         least. ✗ means that they did not, ~ that it depends; the number tells why. Rows in clear wait for a shield that\n\
-         takes them. hls.js, Shaka Player and video.js run in Chromium; the media are made by ffmpeg and\n\
-         Shaka Packager {}.",
+         least (of a live stream: most of what 20 s hold). ✗ means that they did not, ~ that it depends; the number tells\n\
+         why. hls.js, Shaka Player and video.js run in Chromium; the media are made by ffmpeg and Shaka Packager {}.",
         packager_version()
     )
 }

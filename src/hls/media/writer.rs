@@ -415,6 +415,9 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
         let msn = (place == self.place()).then_some(self.msn);
         let target = Target { place, range, encryption: self.encryption, msn };
         let ready = self.ready(uri, &target)?;
+        // Shaka Player and video.js decrypt a hinted part by the KEY before the hint, which would be that of the segment
+        // before it where the part begins one.
+        self.put_in_force(&ready);
         let mut edits = Edits::of(line.text);
         edits.replace(uri, ready.uri);
         edits.remove(&attributes, "BYTERANGE-START");
