@@ -453,6 +453,8 @@ impl Known {
             activated_by: key.life.activated_by.clone(),
             deactivated_at: key.life.deactivated_at,
             compromised_at: key.life.compromised_at,
+            revoked_by: key.life.revoked_by.clone(),
+            revoked_for: key.life.revoked_for.clone(),
             destroyed_at: key.life.destroyed_at,
         })
     }
@@ -498,6 +500,8 @@ fn key_info(row: &KeyRow) -> KeyInfo {
         activated_by: row.life.activated_by.clone(),
         deactivated_at: row.life.deactivated_at,
         compromised_at: row.life.compromised_at,
+        revoked_by: row.life.revoked_by.clone(),
+        revoked_for: row.life.revoked_for.clone(),
         destroyed_at: row.life.destroyed_at,
     }
 }

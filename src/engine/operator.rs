@@ -59,6 +59,9 @@ pub struct KeyInfo {
     pub activated_by: Option<String>,
     pub deactivated_at: Option<Timestamp>,
     pub compromised_at: Option<Timestamp>,
+    /// Who revoked it, and the reason that was given.
+    pub revoked_by: Option<String>,
+    pub revoked_for: Option<String>,
     pub destroyed_at: Option<Timestamp>,
 }
 

@@ -209,16 +209,18 @@ impl Core {
                 }
                 tracing::info!(stream = %id, %ordinal, reason, "key deactivated");
             }
-            WriteOp::Revoke { ordinals, successor, at, transition_until, .. } => {
+            WriteOp::Revoke { ordinals, successor, reason, actor, at, transition_until } => {
                 let (successor, transition_until) = (*successor, *transition_until);
                 for ordinal in ordinals {
                     let Some(key) = known.keys.get_mut(ordinal) else { continue };
                     key.life.state = KeyState::Compromised;
                     key.life.compromised_at = Some(*at);
+                    key.life.revoked_by = Some(actor.clone());
+                    key.life.revoked_for = Some(reason.clone());
                     key.life.successor = Some(successor);
                     key.life.transition_until = Some(transition_until);
                     key.live.revoke(Revoked { successor, transition_until });
-                    tracing::warn!(stream = %id, %ordinal, key = %key.live.id, "key revoked");
+                    tracing::warn!(stream = %id, %ordinal, key = %key.live.id, actor, reason, "key revoked");
                 }
             }
             WriteOp::Destroy { ordinal, .. } => {

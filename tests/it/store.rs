@@ -287,6 +287,7 @@ async fn a_revoked_key_has_its_successor_and_reason(database: Database) {
     assert_eq!(revs.len(), 1, "one revision for one transaction");
     let life = load(&store, &stream).await.keys.remove(0).life;
     assert_eq!((life.state, life.compromised_at), (KeyState::Compromised, Some(later(3))));
+    assert_eq!((life.revoked_by.as_deref(), life.revoked_for.as_deref()), (Some("sec"), Some("leaked")));
     assert_eq!((life.successor, life.transition_until), (Some(Ordinal(1)), Some(later(15))));
     assert_eq!(apply(&store, &stream, revoke).await, Applied::Changed(0), "revoked once");
     assert_eq!(apply(&store, &stream, destroy(0, NOW)).await, Applied::Changed(1));

@@ -168,6 +168,12 @@ pub(in crate::control) struct Key {
     deactivated_at: Option<String>,
     #[schema(format = DateTime, required = true)]
     compromised_at: Option<String>,
+    /// Who revoked it, where it was revoked.
+    #[schema(required = true)]
+    revoked_by: Option<String>,
+    /// The reason that was given for its revocation.
+    #[schema(required = true)]
+    revoked_for: Option<String>,
     #[schema(format = DateTime, required = true)]
     destroyed_at: Option<String>,
 }
@@ -185,6 +191,8 @@ impl From<KeyInfo> for Key {
             activated_by: info.activated_by,
             deactivated_at: info.deactivated_at.map(date_time),
             compromised_at: info.compromised_at.map(date_time),
+            revoked_by: info.revoked_by,
+            revoked_for: info.revoked_for,
             destroyed_at: info.destroyed_at.map(date_time),
         }
     }

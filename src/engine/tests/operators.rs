@@ -72,6 +72,10 @@ async fn a_revoked_key_is_replaced_in_what_was_published_and_paths_stay() {
     assert_eq!(revocation.revoked.iter().map(|key| key.id).collect::<Vec<_>>(), [leaked.id]);
     assert_eq!(revocation.transition, Duration::from_secs(4), "two Target Durations");
     assert!(!leaked.may_be_named());
+    let listed = node.operator.keys(&id(), None, 10).await.unwrap();
+    for info in [&revocation.revoked[0], listed.iter().find(|key| key.id == leaked.id).unwrap()] {
+        assert_eq!((info.revoked_by.as_deref(), info.revoked_for.as_deref()), (Some("sec"), Some("leaked")));
+    }
 
     let published = node.publish(RENDITION, window, Duration::from_secs(16)).await;
     let shown = published.key_at(MediaSequenceNumber(100)).unwrap();
