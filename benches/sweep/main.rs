@@ -198,6 +198,7 @@ fn specs(streams: usize) -> anyhow::Result<Vec<StreamSpec>> {
             cdn_endpoints: Vec::new(),
             cdn_sync_enabled: false,
             policy: Policy::default(),
+            request: None,
         })
     };
     (0..streams).map(spec).collect()

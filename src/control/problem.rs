@@ -238,7 +238,7 @@ mod tests {
         for (error, status) in [
             (OperatorError::NoStream(id()), 404),
             (OperatorError::NoKey { stream: id(), key }, 404),
-            (OperatorError::Differs { id: id(), field: "playlistUrl" }, 409),
+            (OperatorError::Differs { id: id(), field: "playlistUrl".into() }, 409),
             (taken, 409),
             (OperatorError::Configured(id()), 409),
             (OperatorError::Stopped(id()), 409),

@@ -7,6 +7,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde_json::Value;
+
 use super::operator::{
     Erased, Initialized, KeyInfo, ManualRotation, OperatorError, PolicyChange, Revocation, StreamChange,
     StreamInfo, StreamSpec, StreamState,
@@ -55,7 +57,12 @@ impl Operator {
         let (row, created) = match core.store.register(&row).await? {
             Registered::Created(row) => (row, true),
             Registered::Exists(there) => {
-                if let Some(field) = differing_field(&spec, &there) {
+                let differing = match (&spec.request, &there.request) {
+                    (Some(asked), Some(before)) => differing_request(asked, before),
+                    // What the configuration declares is compared by what it comes to.
+                    _ => differing_field(&spec, &there).map(str::to_owned),
+                };
+                if let Some(field) = differing {
                     return Err(OperatorError::Differs { id: spec.id, field });
                 }
                 if there.state != StoredState::Running {
@@ -325,6 +332,7 @@ impl Core {
             prefix: spec.prefix.clone(),
             cdn: CdnRow { endpoints: spec.cdn_endpoints.clone(), sync_enabled: spec.cdn_sync_enabled },
             policy: spec.policy.clone(),
+            request: spec.request.clone(),
             state: StoredState::Running,
             created_at: self.now(),
             updated_at: self.now(),
@@ -426,6 +434,7 @@ impl Core {
                 cdn_endpoints: row.cdn.endpoints.clone(),
                 cdn_sync_enabled: row.cdn.sync_enabled,
                 policy: row.policy.clone(),
+                request: row.request.clone(),
             },
             state: match row.state {
                 StoredState::Running => StreamState::Running,
@@ -516,4 +525,19 @@ pub(super) fn differing_field(spec: &StreamSpec, there: &StreamRow) -> Option<&'
         ("config", spec.policy != there.policy),
     ];
     differences.into_iter().find(|(_, differs)| *differs).map(|(field, _)| field)
+}
+
+/// The first field in which a call differs from the one that began the stream: `config.segmentsPerKey`.
+fn differing_request(asked: &Value, before: &Value) -> Option<String> {
+    let (Value::Object(asked), Value::Object(before)) = (asked, before) else { return Some("body".into()) };
+    let mut names: Vec<_> = asked.keys().chain(before.keys()).collect();
+    names.sort_unstable();
+    let differs = |name: &&String| asked.get(*name) != before.get(*name);
+    let name = names.into_iter().find(differs)?;
+    match (asked.get(name), before.get(name)) {
+        (Some(asked @ Value::Object(_)), Some(before @ Value::Object(_))) => {
+            differing_request(asked, before).map(|inner| format!("{name}.{inner}"))
+        }
+        _ => Some(name.clone()),
+    }
 }

@@ -21,6 +21,9 @@ pub struct StreamSpec {
     pub cdn_endpoints: Vec<String>,
     pub cdn_sync_enabled: bool,
     pub policy: Policy,
+    /// The call that asks for it, in the caller's names and with what it left out left out: the same call again is
+    /// the same stream, whatever was filled in meanwhile. None for one of the configuration.
+    pub request: Option<serde_json::Value>,
 }
 
 /// Whether a stream is served.
@@ -128,7 +131,7 @@ pub enum OperatorError {
     #[error("there is no stream {0}")]
     NoStream(StreamId),
     #[error("stream {id} exists with another {field}; update it, or delete it first")]
-    Differs { id: StreamId, field: &'static str },
+    Differs { id: StreamId, field: String },
     #[error("the path prefix {prefix:?} at origin {origin:?} belongs to stream {owner}")]
     PrefixTaken { prefix: String, origin: String, owner: StreamId },
     #[error("stream {0} is declared in the configuration of this node: change it there")]

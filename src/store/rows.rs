@@ -48,6 +48,8 @@ pub struct StreamRow {
     pub prefix: String,
     pub cdn: CdnRow,
     pub policy: Policy,
+    /// The call that began it, by its own names; none where the configuration did.
+    pub request: Option<serde_json::Value>,
     pub state: StreamState,
     pub created_at: Timestamp,
     pub updated_at: Timestamp,
@@ -68,6 +70,7 @@ impl StreamRow {
             prefix: prefix.into(),
             cdn: CdnRow::default(),
             policy: Policy::default(),
+            request: None,
             state: StreamState::Running,
             created_at: at,
             updated_at: at,
@@ -289,6 +292,9 @@ fn policy_from_json(text: &str) -> Option<Policy> {
 impl StreamRow {
     pub(super) fn read(row: &AnyRow) -> Result<Self, StoreError> {
         let from_json = |text: &str| serde_json::from_str(text).ok();
+        let request = row.try_get::<Option<String>, _>("request")?;
+        let request =
+            request.map(|text| serde_json::from_str(&text).map_err(|_| unreadable("request", text)));
         Ok(Self {
             id: parsed(row, "id")?,
             playlist_url: row.try_get("playlist_url")?,
@@ -297,6 +303,7 @@ impl StreamRow {
             prefix: row.try_get("prefix")?,
             cdn: named(row, "cdn", from_json)?,
             policy: named(row, "policy", policy_from_json)?,
+            request: request.transpose()?,
             state: named(row, "state", StreamState::from_name)?,
             created_at: time(row, "created_at")?,
             updated_at: time(row, "updated_at")?,

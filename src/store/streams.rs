@@ -42,13 +42,14 @@ impl Store {
             let sql = both!(
                 self.dialect,
                 "INSERT INTO streams (id, playlist_url, playlist_path, origin, prefix, cdn, policy, state,
-                                      created_at, updated_at, rev, changed_at_db, incarnation)
-                 SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $9, 1, " now ", 1
+                                      created_at, updated_at, rev, changed_at_db, incarnation, request)
+                 SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $9, 1, " now ", 1, $10
                  WHERE NOT EXISTS (SELECT 1 FROM streams WHERE origin = $4 AND prefix = $5 AND id <> $1
                                                            AND state <> 'deleted')
                  ON CONFLICT (id) DO UPDATE SET playlist_url = excluded.playlist_url,
                     playlist_path = excluded.playlist_path, origin = excluded.origin,
                     prefix = excluded.prefix, cdn = excluded.cdn, policy = excluded.policy,
+                    request = excluded.request,
                     state = excluded.state, created_at = excluded.created_at,
                     updated_at = excluded.updated_at, rev = streams.rev + 1,
                     changed_at_db = excluded.changed_at_db, incarnation = streams.incarnation + 1
@@ -64,6 +65,7 @@ impl Store {
                 .bind(policy_to_json(&stream.policy))
                 .bind(stream.state.name())
                 .bind(stream.created_at.as_unix_millis())
+                .bind(request_to_json(stream))
                 .execute(&mut *tx)
                 .await;
             let made = match made {
@@ -106,6 +108,7 @@ impl Store {
                 "prefix": stream.prefix,
                 "cdn": json(&stream.cdn),
                 "policy": policy_to_json(&stream.policy),
+                "request": request_to_json(stream),
                 "state": stream.state.name(),
                 "at": stream.created_at.as_unix_millis(),
             })
@@ -114,10 +117,10 @@ impl Store {
         bounded(async {
             let mut tx = self.begin().await?;
             let sql = format!(
-                "INSERT INTO streams (id, playlist_url, playlist_path, origin, prefix, cdn, policy, state,
+                "INSERT INTO streams (id, playlist_url, playlist_path, origin, prefix, cdn, policy, request, state,
                                       created_at, updated_at, rev, changed_at_db, incarnation)
-                 SELECT r.id, r.playlist_url, r.playlist_path, r.origin, r.prefix, r.cdn, r.policy, r.state,
-                        r.at, r.at, 1, {now}, 1
+                 SELECT r.id, r.playlist_url, r.playlist_path, r.origin, r.prefix, r.cdn, r.policy, r.request,
+                        r.state, r.at, r.at, 1, {now}, 1
                  FROM {rows} WHERE TRUE ORDER BY r.id ON CONFLICT DO NOTHING RETURNING id",
                 now = both!(self.dialect, now),
                 rows = self.dialect.rows(&[
@@ -128,6 +131,7 @@ impl Store {
                     ("prefix", "text"),
                     ("cdn", "text"),
                     ("policy", "text"),
+                    ("request", "text"),
                     ("state", "text"),
                     ("at", "bigint"),
                 ]),
@@ -161,7 +165,7 @@ impl Store {
             fault::point("update: before");
             sqlx::query(
                 "UPDATE streams SET playlist_url = $2, playlist_path = $3, cdn = $4, policy = $5, state = $6,
-                                    updated_at = $7
+                                    updated_at = $7, request = $8
                  WHERE id = $1",
             )
             .bind(id.as_str())
@@ -171,6 +175,7 @@ impl Store {
             .bind(policy_to_json(&stream.policy))
             .bind(stream.state.name())
             .bind(now.as_unix_millis())
+            .bind(request_to_json(&stream))
             .execute(&mut *tx)
             .await?;
             let row = read_stream(&mut tx, id).await?.ok_or(StoreError::NoStream)?;
@@ -197,7 +202,7 @@ impl Store {
             fault::point("delete: before the DEKs");
             sqlx::query(shredded).bind(id.as_str()).bind(&wiped).execute(&mut *tx).await?;
             let ended = "UPDATE streams SET state = 'deleted', updated_at = $2, playlist_url = '',
-                                            playlist_path = '', prefix = '', origin = ''
+                                            playlist_path = '', prefix = '', origin = '', request = NULL
                          WHERE id = $1";
             fault::point("delete: before the stream");
             sqlx::query(ended).bind(id.as_str()).bind(now).execute(&mut *tx).await?;
@@ -222,7 +227,8 @@ impl Store {
             let sql = both!(
                 self.dialect,
                 "UPDATE streams SET rev = rev + 1, changed_at_db = " now ", state = 'deleted', playlist_url = '',
-                    playlist_path = '', origin = '', prefix = '', cdn = $3, created_at = $2, updated_at = $2
+                    playlist_path = '', origin = '', prefix = '', cdn = $3, request = NULL, created_at = $2,
+                    updated_at = $2
                  WHERE id = $1"
             );
             fault::point("erase: before the stream");
@@ -342,6 +348,10 @@ impl Store {
         })
         .await
     }
+}
+
+fn request_to_json(stream: &StreamRow) -> Option<String> {
+    stream.request.as_ref().map(json)
 }
 
 async fn read_stream(tx: &mut Tx, id: &StreamId) -> Result<Option<StreamRow>, StoreError> {

@@ -11,6 +11,7 @@ use keyshield::store::{
     Applied, BoundaryRow, CdnRow, DekRow, KeyLife, KeyRow, Location, Registered, RenditionRow, Served, Store,
     StoreError, StoredStream, StreamRow, StreamState, Write, WriteOp,
 };
+use serde_json::json;
 use sqlx::{Connection, Executor, PgConnection};
 
 use crate::machine::SOON;
@@ -101,6 +102,7 @@ fn stream(id: &str, prefix: &str) -> StreamRow {
         prefix: prefix.into(),
         cdn: CdnRow { endpoints: vec!["https://cdn1.example.com".into()], sync_enabled: true },
         policy: Policy { segments_per_key: 7, rotation_interval: None, ..Policy::default() },
+        request: Some(json!({"config": {"segmentsPerKey": 7}})),
         state: StreamState::Running,
         created_at: NOW,
         updated_at: NOW,
@@ -445,7 +447,7 @@ async fn a_deleted_stream_leaves_its_history_and_may_begin_anew(database: Databa
     assert!(!store.delete_stream(&id, later(5)).await.unwrap());
 
     let deleted = load(&store, &id).await;
-    assert_eq!(deleted.stream.state, StreamState::Deleted);
+    assert_eq!((deleted.stream.state, deleted.stream.request), (StreamState::Deleted, None));
     assert_eq!((deleted.keys.len(), deleted.deks.len(), deleted.boundaries.len()), (0, 0, 0));
     assert_eq!(store.key_history(&id, false, None, 10).await.unwrap().len(), 2);
     assert!(matches!(store.update_stream(&id, NOW, Some).await, Err(StoreError::NoStream)));
@@ -473,7 +475,7 @@ async fn an_erased_stream_leaves_nothing(database: Database) {
     assert_eq!(store.key_history(&id, false, None, 10).await.unwrap(), []);
     let left = load(&store, &id).await.stream;
     assert_eq!((left.state, left.playlist_url.as_str()), (StreamState::Deleted, ""));
-    assert_eq!(left.cdn, CdnRow::default());
+    assert_eq!((left.cdn, left.request), (CdnRow::default(), None));
     assert_eq!(store.erase_stream(&"none".parse().unwrap(), NOW).await.unwrap(), None);
 }
 

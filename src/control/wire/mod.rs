@@ -100,6 +100,7 @@ mod tests {
                 cdn_endpoints: vec!["https://cdn1.example.com".into()],
                 cdn_sync_enabled: true,
                 policy: Policy::default(),
+                request: None,
             },
             state: StreamState::Running,
             is_configured: false,

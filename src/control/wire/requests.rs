@@ -6,7 +6,8 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use url::Url;
 use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Schema, SchemaType, Type};
 use utoipa::{IntoParams, ToSchema};
@@ -97,7 +98,7 @@ pub(in crate::control) struct UpdateRequest {
 struct CdnEndpoint(String);
 
 /// The rules of a stream; what is left out stays, at first as the configuration's `[policy]` has it.
-#[derive(Debug, Default, Deserialize, ToSchema)]
+#[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[schema(as = StreamConfigRequest)]
 struct ConfigRequest {
@@ -239,12 +240,18 @@ impl InitializeRequest {
         let cdn_endpoints = cdn_endpoints(self.cdn_endpoints, &mut faults).unwrap_or_default();
         let config = self.config.unwrap_or_default();
         let cdn_sync_enabled = config.cdn_sync_enabled.unwrap_or(true);
+        let mut given = config.given();
         let policy = config.over(default_policy, &mut faults);
         faults.none()?;
         // Where one is missing there was a fault.
         let (Some(found), Some(prefix)) = (found, prefix) else {
             return Err(Faults::of("playlistUrl", "is wrong"));
         };
+        // What is the same whether it was given or left out, everywhere and always, is as if it had been given.
+        given["cdnSyncEnabled"] = cdn_sync_enabled.into();
+        let request = json!({
+            "playlistUrl": self.playlist_url, "pathPrefix": prefix, "cdnEndpoints": cdn_endpoints, "config": given,
+        });
         let spec = StreamSpec {
             id,
             playlist_url: self.playlist_url,
@@ -254,6 +261,7 @@ impl InitializeRequest {
             cdn_endpoints,
             cdn_sync_enabled,
             policy,
+            request: Some(request),
         };
         Ok((spec, found))
     }
@@ -325,6 +333,15 @@ impl EraseRequest {
 }
 
 impl ConfigRequest {
+    /// The rules that were given, by their names.
+    fn given(&self) -> Value {
+        let mut given = json!(self);
+        if let Value::Object(rules) = &mut given {
+            rules.retain(|_, value| !value.is_null());
+        }
+        given
+    }
+
     fn over(self, base: &Policy, faults: &mut Faults) -> Policy {
         let rotation_interval = match self.rotation_interval {
             None => base.rotation_interval,

@@ -88,6 +88,7 @@ fn spec() -> StreamSpec {
         cdn_endpoints: Vec::new(),
         cdn_sync_enabled: false,
         policy: Policy { segments_per_key: 10, ..Policy::default() },
+        request: None,
     }
 }
 

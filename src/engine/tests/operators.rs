@@ -34,11 +34,44 @@ async fn the_same_initialization_twice_is_one_stream() {
 
     let other = StreamSpec { policy: Policy::default(), ..channel("ch2", "/two/") };
     let refused = node.operator.initialize(other, "ops").await.unwrap_err();
-    assert!(matches!(refused, OperatorError::Differs { field: "config", .. }), "{refused}");
+    assert!(matches!(&refused, OperatorError::Differs { field, .. } if field == "config"), "{refused}");
     let refused = node.operator.initialize(channel("ch3", "/two/"), "ops").await.unwrap_err();
     assert!(refused.to_string().contains("belongs to stream ch2"), "{refused}");
     let listed = node.operator.streams(None, 10).await.unwrap();
     assert_eq!(listed.iter().map(|s| s.spec.id.as_str()).collect::<Vec<_>>(), ["ch1", "ch2"]);
+}
+
+#[tokio::test]
+async fn the_same_call_is_the_same_stream_whatever_its_rules_have_come_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path(), Clock::manual(START)).await;
+    let asking = |request: serde_json::Value, policy: Policy| StreamSpec {
+        request: Some(request),
+        policy,
+        ..channel("ch2", "/two/")
+    };
+    let call = serde_json::json!({"playlistUrl": "https://o/a", "config": {"segmentsPerKey": 10}});
+    let first = node.operator.initialize(asking(call.clone(), spec().policy), "ops").await.unwrap();
+    let to = Policy { segments_per_key: 3, ..spec().policy };
+    let policy = Some(PolicyChange { from: spec().policy, to: to.clone() });
+    let change = StreamChange { policy, ..StreamChange::default() };
+    node.operator.update(&first.stream.spec.id, change, "ops").await.unwrap();
+    // By a node whose configuration fills in otherwise what the call leaves out.
+    let elsewhere = Policy { grace_period: Duration::from_secs(7), ..spec().policy };
+    let again = node.operator.initialize(asking(call, elsewhere.clone()), "ops").await.unwrap();
+    assert_eq!((again.created, again.stream.spec.policy), (false, to), "it is found as it is");
+
+    for (other, differing) in [
+        (serde_json::json!({"playlistUrl": "https://o/b", "config": {"segmentsPerKey": 10}}), "playlistUrl"),
+        (
+            serde_json::json!({"playlistUrl": "https://o/a", "config": {"segmentsPerKey": 11}}),
+            "config.segmentsPerKey",
+        ),
+        (serde_json::json!({"playlistUrl": "https://o/a", "config": {}}), "config.segmentsPerKey"),
+    ] {
+        let refused = node.operator.initialize(asking(other, elsewhere.clone()), "ops").await.unwrap_err();
+        assert!(matches!(&refused, OperatorError::Differs { field, .. } if field == differing), "{refused}");
+    }
 }
 
 #[tokio::test]
