@@ -149,4 +149,7 @@ pub enum OperatorError {
     /// The store or the KMS failed: for the log; the caller is told that it was not done.
     #[error("{0}")]
     Failed(String),
+    /// The store failed in the moment of storing, or behind it: for the log; the caller is told to look.
+    #[error("{0}")]
+    Unknown(String),
 }

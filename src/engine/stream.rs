@@ -257,6 +257,14 @@ impl Stream {
         }
     }
 
+    /// Takes the row in that a change has left in the store. The revision stays: what else came with it is still to
+    /// be read.
+    pub(super) fn know_row(&self, row: StreamRow) {
+        let mut known = self.known.write();
+        self.serving.store(row.state == StreamState::Running, Ordering::Release);
+        known.row = StreamRow { rev: known.row.rev, ..row };
+    }
+
     /// Whether it is served: not stopped, not deleted.
     pub fn is_running(&self) -> bool {
         self.serving.load(Ordering::Acquire)

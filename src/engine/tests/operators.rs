@@ -290,6 +290,33 @@ async fn a_new_policy_holds_from_the_next_key_on() {
 }
 
 #[tokio::test]
+async fn what_is_stored_is_done_though_it_cannot_be_read_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path(), Clock::manual(START)).await;
+    let spec = channel("ch2", "/two/");
+    node.operator.initialize(spec.clone(), "ops").await.unwrap();
+    // A key that does not unwrap, as one of another node under a DEK that is wrapped by an unknown master key.
+    let damage = "INSERT INTO content_keys (id, stream_id, ordinal, dek_id, method, iv_mode, wrapped, state, forced,
+                                            created_at)
+                  SELECT 'ffffffffffffffffffffffffffffffff', stream_id, 99, dek_id, method, iv_mode, zeroblob(80),
+                         'pre-active', 0, 0
+                  FROM content_keys WHERE stream_id = 'ch2' AND ordinal = 0";
+    sqlx::query(damage).execute(&database(dir.path()).await).await.unwrap();
+    let moved = ("https://origin.example/two/b.m3u8".to_owned(), "/two/b.m3u8".to_owned());
+    let change = StreamChange { playlist: Some(moved), ..StreamChange::default() };
+    let updated = node.operator.update(&spec.id, change, "ops").await.unwrap();
+    assert_eq!(updated.spec.playlist_path, "/two/b.m3u8", "it is answered from what was stored");
+    let stopped = node.operator.stop(&spec.id, "ops").await.unwrap();
+    assert_eq!(stopped.state, StreamState::Stopped);
+    assert!(!node.engine.stream_at("main", "/two/a.m3u8").unwrap().is_running());
+    let failed = node.operator.revoke(&spec.id, None, "leaked", "sec").await.unwrap_err();
+    assert!(matches!(failed, OperatorError::Failed(_)), "nothing was stored: {failed}");
+    let moved = StreamSpec { playlist_url: "https://origin.example/two/b.m3u8".into(), ..spec };
+    let unknown = node.operator.initialize(moved, "ops").await.unwrap_err();
+    assert!(matches!(unknown, OperatorError::Unknown(_)), "it runs again, and cannot be read: {unknown}");
+}
+
+#[tokio::test]
 async fn revocation_can_be_forbidden() {
     let dir = tempfile::tempdir().unwrap();
     let node = Node::start(dir.path(), Clock::manual(START)).await;
