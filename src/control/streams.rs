@@ -152,8 +152,9 @@ pub(super) async fn delete(
 
 /// Erase a stream
 ///
-/// Shreds its data encryption keys, so that its keys cannot be opened from any backup, and removes every row about
-/// it. It may be running, stopped or deleted.
+/// Removes its data encryption keys, without which its content keys cannot be opened, and every row about it but the
+/// bare ID. Backups that were made before hold both, wrapped under the master key: let them expire. It may be running,
+/// stopped or deleted.
 #[utoipa::path(post, path = "/api/hls/streams/{streamId}/erase", operation_id = "eraseStream",
     tag = "streams", params(StreamPath),
     request_body = EraseRequest,

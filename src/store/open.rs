@@ -78,7 +78,8 @@ impl Store {
             Location::Postgres(url) => (Dialect::Postgres, url.clone()),
         };
         let options = AnyConnectOptions::from_str(&url).map_err(failed)?;
-        // `secure_delete`: what is deleted is overwritten on disk too, a destroyed key leaves no copy.
+        // `secure_delete`: what is deleted is overwritten on disk too; with `empty_the_log`, a destroyed key leaves no
+        // copy in the database's files.
         // `synchronous`: what a playlist has shown must survive the loss of power, not only of the process.
         let set_up = dialect.pick(
             "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;
@@ -114,6 +115,30 @@ impl Store {
     /// Waits until every connection is closed.
     pub async fn close(&self) {
         self.pool.close().await;
+    }
+
+    /// Empties SQLite's write-ahead log, in which what was overwritten in the database lives on as it was. A failure
+    /// takes nothing back that was done: the next one, or the end of the process, does it.
+    pub(super) async fn empty_the_log(&self) {
+        if self.dialect == Dialect::Postgres {
+            return;
+        }
+        let emptied = tokio::time::timeout(PATIENCE, async {
+            let row = sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").fetch_one(&self.pool).await?;
+            // Its first column: whether somebody was in the way.
+            Ok::<_, sqlx::Error>(row.try_get::<i64, _>(0)? == 0)
+        });
+        match emptied.await {
+            Ok(Ok(true)) => {}
+            Ok(Ok(false)) | Err(_) => {
+                tracing::warn!(
+                    "the database's -wal file is in use and keeps what was destroyed until the next time"
+                );
+            }
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "the database's -wal file keeps what was destroyed until the next time");
+            }
+        }
     }
 
     pub(super) async fn begin(&self) -> Result<Tx, StoreError> {

@@ -188,7 +188,7 @@ impl Store {
     /// Ends a stream: its keys' bytes and its schedule go, the history of its keys stays. `false` when it had
     /// ended before.
     pub async fn delete_stream(&self, id: &StreamId, now: Timestamp) -> Result<bool, StoreError> {
-        bounded(async {
+        let deleted = bounded(async {
             let mut tx = self.begin().await?;
             if self.touch(&mut tx, id).await?.is_none() {
                 return Ok(false);
@@ -216,13 +216,17 @@ impl Store {
             commit(tx, "delete: before the commit", "delete: committed").await?;
             Ok(true)
         })
-        .await
+        .await;
+        if deleted.is_ok() {
+            self.empty_the_log().await;
+        }
+        deleted
     }
 
     /// Removes every row about a stream but for its ID, which tells other nodes that it is gone. `None` when
     /// there is no such stream, deleted or not.
     pub async fn erase_stream(&self, id: &StreamId, now: Timestamp) -> Result<Option<Removed>, StoreError> {
-        bounded(async {
+        let erased = bounded(async {
             let mut tx = self.begin().await?;
             let sql = both!(
                 self.dialect,
@@ -253,7 +257,11 @@ impl Store {
             let [_, renditions, keys, deks] = counts;
             Ok(Some(Removed { deks, keys, renditions }))
         })
-        .await
+        .await;
+        if erased.is_ok() {
+            self.empty_the_log().await;
+        }
+        erased
     }
 
     /// The IDs of streams that are not deleted, in their order, at most `limit` behind `after`.

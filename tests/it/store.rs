@@ -637,6 +637,39 @@ async fn what_was_stored_is_there_after_opening_again(database: Database) {
 }
 
 #[tokio::test]
+async fn what_is_destroyed_is_in_no_file_of_sqlite_any_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&Location::Sqlite(dir.path().join("store.db")), 8).await.unwrap();
+    let hold = |bytes: &[u8]| -> Vec<String> {
+        let files = std::fs::read_dir(dir.path()).unwrap().map(|file| file.unwrap().path());
+        let held =
+            files.filter(|path| std::fs::read(path).unwrap().windows(bytes.len()).any(|part| part == bytes));
+        held.map(|path| path.display().to_string()).collect()
+    };
+    let wrapped = |n: u8| KeyRow { wrapped: vec![n; 76], dek: DekId::from_bytes([n; 16]), ..key(n, 0) };
+    for (n, name) in [(0xA1, "destroyed"), (0xA2, "deleted"), (0xA3, "erased")] {
+        let row = stream(name, &format!("/{name}/"));
+        store.register(&row).await.unwrap();
+        put_dek(&store, &row.id, DekRow { wrapped: vec![n + 16; 60], ..dek(n, 1) }).await;
+        put(&store, &row.id, &[wrapped(n)]).await;
+        assert_ne!(hold(&[n; 76]), [""; 0], "it is stored");
+        match name {
+            "destroyed" => {
+                apply(&store, &row.id, promote(0, Reason::Start, NOW)).await;
+                apply(&store, &row.id, WriteOp::Deactivate { ordinal: Ordinal(0), at: NOW }).await;
+                assert_eq!(apply(&store, &row.id, destroy(0, NOW)).await, Applied::Changed(1));
+            }
+            "deleted" => assert!(store.delete_stream(&row.id, NOW).await.unwrap()),
+            _ => assert!(store.erase_stream(&row.id, NOW).await.unwrap().is_some()),
+        }
+        assert_eq!(hold(&[n; 76]), [""; 0], "the key of the {name} one");
+        if name != "destroyed" {
+            assert_eq!(hold(&[n + 16; 60]), [""; 0], "the DEK of the {name} one");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_connection_whose_other_end_fell_silent_is_given_up() {
     let postgres = Postgres::shared();
     let url = postgres.database();

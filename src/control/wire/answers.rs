@@ -302,7 +302,7 @@ impl Revocation {
 #[serde(rename_all = "camelCase")]
 pub(in crate::control) struct Erasure {
     stream_id: String,
-    /// Shredded: whatever was wrapped under them, backups too, cannot be opened any more.
+    /// Removed, and with them the way to open what was wrapped under them; backups that were made before have both.
     #[schema(minimum = 0)]
     data_encryption_keys: u64,
     #[schema(minimum = 0)]
