@@ -13,7 +13,7 @@ use sqlx::{AssertSqlSafe, Row};
 use super::StoreError;
 use super::dialect::{Dialect, both};
 use super::keys::{Applied, Write, WriteOp};
-use super::open::{Store, Tx, bounded, commit};
+use super::open::{Store, Tx, commit, repeated};
 use super::rows::{self, DekRow, KeyRow, parsed};
 use crate::fault;
 use crate::keys::{KeyState, Reason, StreamId, Timestamp};
@@ -28,7 +28,7 @@ impl Store {
         if writes.is_empty() {
             return Ok((Vec::new(), Vec::new()));
         }
-        let done = bounded(async {
+        let done = repeated(|| async {
             let mut tx = self.begin().await?;
             let revs = self.touch_all(&mut tx, writes).await?;
             let mut applied = vec![Applied::Changed(0); writes.len()];

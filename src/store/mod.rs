@@ -44,6 +44,13 @@ pub enum StoreError {
     Unreadable { what: &'static str, value: String },
 }
 
+/// Whether a transaction was undone as a whole because another waited for it: PostgreSQL's deadlock, and what databases
+/// that speak its protocol call a serialization failure.
+fn is_undone(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(|error| error.code());
+    code.is_some_and(|code| ["40P01", "40001"].contains(&&*code))
+}
+
 impl StoreError {
     /// Whether the change may have been stored all the same.
     pub fn may_be_stored(&self) -> bool {

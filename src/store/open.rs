@@ -4,7 +4,7 @@ use std::fmt;
 use std::future::Future;
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use sqlx::any::{Any, AnyConnectOptions, AnyPoolOptions};
@@ -17,6 +17,8 @@ use crate::keys::StreamId;
 
 /// How long anything may take, so that a database that hangs is one that is away.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How often a transaction is tried that the database undoes for another's sake.
+const ATTEMPTS: u32 = 3;
 /// How long to wait for a connection.
 const ACQUIRE: Duration = Duration::from_secs(2);
 
@@ -178,9 +180,36 @@ impl Store {
 /// Commits, with a place to be killed at before and behind.
 pub(super) async fn commit(tx: Tx, before: &'static str, behind: &'static str) -> Result<(), StoreError> {
     fault::point(before);
-    tx.commit().await.map_err(StoreError::Unanswered)?;
+    tx.commit().await.map_err(|error| match super::is_undone(&error) {
+        true => StoreError::Query(error),
+        false => StoreError::Unanswered(error),
+    })?;
     fault::point(behind);
     Ok(())
+}
+
+/// As [`bounded`], and once more where the database has undone the transaction for the sake of another that waited for
+/// it: as a whole, so that doing it again is doing it once.
+pub(super) async fn repeated<T, F>(work: impl Fn() -> F) -> Result<T, StoreError>
+where
+    F: Future<Output = Result<T, StoreError>>,
+{
+    bounded(async {
+        let started = Instant::now();
+        for _ in 1..ATTEMPTS {
+            match work().await {
+                Err(StoreError::Query(error)) if super::is_undone(&error) => {
+                    tracing::debug!(%error, "the database has undone a transaction for another's sake");
+                    // Not in step with the other one: what a wait took, to the microsecond, is as good as a die.
+                    let jitter = started.elapsed().subsec_micros() % 64;
+                    tokio::time::sleep(Duration::from_millis(5 + u64::from(jitter))).await;
+                }
+                done => return done,
+            }
+        }
+        work().await
+    })
+    .await
 }
 
 /// What takes longer than [`PATIENCE`] is given up.

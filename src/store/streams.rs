@@ -7,7 +7,7 @@ use sqlx::{AssertSqlSafe, Row};
 
 use super::StoreError;
 use super::dialect::both;
-use super::open::{Store, Tx, bounded, commit};
+use super::open::{Store, Tx, bounded, commit, repeated};
 use super::rows::{
     BoundaryRow, DekRow, KeyRow, RenditionRow, StoredStream, StreamRow, StreamState, json, policy_to_json,
     unreadable,
@@ -114,7 +114,7 @@ impl Store {
             })
         };
         let list = json(&streams.iter().map(row).collect::<Vec<_>>());
-        bounded(async {
+        repeated(|| async {
             let mut tx = self.begin().await?;
             let sql = format!(
                 "INSERT INTO streams (id, playlist_url, playlist_path, origin, prefix, cdn, policy, request, state,
@@ -188,7 +188,7 @@ impl Store {
     /// Ends a stream: its keys' bytes and its schedule go, the history of its keys stays. `false` when it had
     /// ended before.
     pub async fn delete_stream(&self, id: &StreamId, now: Timestamp) -> Result<bool, StoreError> {
-        let deleted = bounded(async {
+        let deleted = repeated(|| async {
             let mut tx = self.begin().await?;
             if self.touch(&mut tx, id).await?.is_none() {
                 return Ok(false);
@@ -226,7 +226,7 @@ impl Store {
     /// Removes every row about a stream but for its ID, which tells other nodes that it is gone. `None` when
     /// there is no such stream, deleted or not.
     pub async fn erase_stream(&self, id: &StreamId, now: Timestamp) -> Result<Option<Removed>, StoreError> {
-        let erased = bounded(async {
+        let erased = repeated(|| async {
             let mut tx = self.begin().await?;
             let sql = both!(
                 self.dialect,

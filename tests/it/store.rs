@@ -703,6 +703,47 @@ async fn a_connection_whose_other_end_fell_silent_is_given_up() {
     back.expect("another connection takes its place");
 }
 
+/// Two that wait for each other: the one that has waited for a second finds out, and is undone. Here that is the store.
+#[tokio::test]
+async fn a_change_that_is_undone_in_a_deadlock_is_carried_out_again() {
+    let postgres = Postgres::shared();
+    let url = postgres.database();
+    let database = url.rsplit('/').next().unwrap().to_owned();
+    let store = Store::open(&Location::Postgres(url.clone()), 8).await.unwrap();
+    let mut ids: Vec<StreamId> = Vec::new();
+    for (n, name) in [(1, "a"), (2, "b")] {
+        let row = stream(name, &format!("/{name}/"));
+        store.register(&row).await.unwrap();
+        put_dek(&store, &row.id, dek(n, 1)).await;
+        put(&store, &row.id, &[KeyRow { dek: DekId::from_bytes([n; 16]), ..key(n, 0) }]).await;
+        ids.push(row.id);
+    }
+    let mut other = PgConnection::connect(&url).await.unwrap();
+    // It is never the one that finds out.
+    other
+        .execute("SET deadlock_timeout = '60s'; BEGIN; SELECT 1 FROM streams WHERE id = 'b' FOR UPDATE")
+        .await
+        .unwrap();
+    let changed = tokio::spawn({
+        let store = store.clone();
+        let batch: Vec<_> =
+            ids.iter().flat_map(|id| writes(id, vec![promote(0, Reason::Start, NOW)])).collect();
+        async move { store.apply(&batch).await }
+    });
+    until("the store waits for the second stream", async || {
+        let waits = "SELECT count(*) FROM pg_stat_activity
+                     WHERE datname = current_database() AND wait_event_type = 'Lock'";
+        (postgres.sql(&database, waits) == "1").then_some(())
+    })
+    .await;
+    other.execute("SELECT 1 FROM streams WHERE id = 'a' FOR UPDATE").await.unwrap();
+    let undone = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
+    other.execute("ROLLBACK").await.unwrap();
+    let (applied, _) = changed.await.unwrap().unwrap();
+    assert_eq!(applied, [Applied::Changed(1), Applied::Changed(1)]);
+    until("the deadlock is counted", async || (postgres.sql(&database, undone) == "1").then_some(())).await;
+}
+
 #[tokio::test]
 async fn a_database_that_only_reads_is_away() {
     let postgres = Postgres::shared();
