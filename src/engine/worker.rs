@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use thiserror::Error;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
@@ -89,6 +89,9 @@ pub(super) struct Core {
     store_away: AtomicBool,
     /// Something was decided without the store that it does not have yet.
     pub(super) decided_alone: AtomicBool,
+    /// A turn for each schedule that is being extended: thousands that are to be at once wait for it in memory, in
+    /// their order and at most [`super::QUEUE_LEN`], and not for a connection, which they would give up.
+    pub(super) turns: Semaphore,
     /// Held while streams are read from the store.
     pub(super) loading: tokio::sync::Mutex<()>,
     /// Until when this node may sweep.
@@ -117,6 +120,7 @@ impl Worker {
         }
         let core = Core {
             shared,
+            turns: Semaphore::new(store.writers()),
             store,
             kms,
             fleet,
@@ -229,6 +233,13 @@ impl Core {
         }
         self.shared.metrics.store_up.set(i64::from(is_up));
         self.shared.status.write().store_up = is_up;
+    }
+
+    /// Notes that the store is away, if that is what an error says.
+    pub(super) fn note_if_away(&self, error: &StoreError) {
+        if error.is_away() {
+            self.note_store(false);
+        }
     }
 
     pub(super) fn holds_lease(&self) -> bool {

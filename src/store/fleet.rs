@@ -1,4 +1,6 @@
 //! What makes several nodes one shield: leases, who is up, and hearing of changes.
+//!
+//! All of it has connections of its own: that a node has much to store must not look like a store that is away.
 
 use std::time::Duration;
 
@@ -52,7 +54,7 @@ impl Store {
     /// The database's own time, in milliseconds since 1970.
     pub(super) async fn now_db(&self) -> Result<i64, StoreError> {
         let sql = both!(self.dialect, "SELECT " now " AS now_db");
-        Ok(sqlx::query(sql).fetch_one(&self.pool).await?.try_get("now_db")?)
+        Ok(sqlx::query(sql).fetch_one(&mut *self.vital().await?).await?.try_get("now_db")?)
     }
 
     /// The streams that changed since `since`, which is 0 or an earlier answer's `next`.
@@ -60,7 +62,7 @@ impl Store {
         bounded(async {
             let now = self.now_db().await?;
             let sql = "SELECT id, rev FROM streams WHERE changed_at_db >= $1";
-            let rows = sqlx::query(sql).bind(since).fetch_all(&self.pool).await?;
+            let rows = sqlx::query(sql).bind(since).fetch_all(&mut *self.vital().await?).await?;
             let read = |row| Ok::<_, StoreError>((super::rows::parsed(row, "id")?, row.try_get("rev")?));
             Ok(Changes {
                 streams: rows.iter().map(read).collect::<Result<_, _>>()?,
@@ -96,7 +98,7 @@ impl Store {
             );
             let length = i64::try_from(length.as_millis()).unwrap_or(i64::MAX);
             fault::point("lease: before");
-            let held = sqlx::query(sql).bind(name).bind(holder).bind(length).execute(&self.pool).await?;
+            let held = sqlx::query(sql).bind(name).bind(holder).bind(length).execute(&mut *self.vital().await?).await?;
             fault::point("lease: held");
             Ok(held.rows_affected() > 0)
         })
@@ -112,7 +114,7 @@ impl Store {
                  ON CONFLICT (id) DO UPDATE SET seen_at_db = excluded.seen_at_db"
             );
             fault::point("beat: before");
-            sqlx::query(sql).bind(node).execute(&self.pool).await?;
+            sqlx::query(sql).bind(node).execute(&mut *self.vital().await?).await?;
             fault::point("beat: noted");
             Ok(())
         })
@@ -131,10 +133,11 @@ impl Store {
             let before = |age: Duration| now - i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
             let sql = "DELETE FROM nodes WHERE seen_at_db < $1";
             fault::point("dead nodes: before");
-            sqlx::query(sql).bind(before(dead_after)).execute(&self.pool).await?;
+            sqlx::query(sql).bind(before(dead_after)).execute(&mut *self.vital().await?).await?;
             fault::point("dead nodes: forgotten");
             let sql = "SELECT count(*) AS missing FROM nodes WHERE seen_at_db < $1";
-            let row = sqlx::query(sql).bind(before(silent_after)).fetch_one(&self.pool).await?;
+            let row =
+                sqlx::query(sql).bind(before(silent_after)).fetch_one(&mut *self.vital().await?).await?;
             Ok(row.try_get::<i64, _>("missing")? > 0)
         })
         .await
@@ -144,9 +147,15 @@ impl Store {
     pub async fn leave(&self, node: &str) -> Result<(), StoreError> {
         bounded(async {
             fault::point("leave: before");
-            sqlx::query("DELETE FROM nodes WHERE id = $1").bind(node).execute(&self.pool).await?;
+            sqlx::query("DELETE FROM nodes WHERE id = $1")
+                .bind(node)
+                .execute(&mut *self.vital().await?)
+                .await?;
             fault::point("leave: before the leases");
-            sqlx::query("DELETE FROM leases WHERE holder = $1").bind(node).execute(&self.pool).await?;
+            sqlx::query("DELETE FROM leases WHERE holder = $1")
+                .bind(node)
+                .execute(&mut *self.vital().await?)
+                .await?;
             fault::point("leave: left");
             Ok(())
         })
@@ -157,9 +166,9 @@ impl Store {
     pub async fn forget_nodes(&self) -> Result<(), StoreError> {
         bounded(async {
             fault::point("forget nodes: before");
-            sqlx::query("DELETE FROM nodes").execute(&self.pool).await?;
+            sqlx::query("DELETE FROM nodes").execute(&mut *self.vital().await?).await?;
             fault::point("forget nodes: before the leases");
-            sqlx::query("DELETE FROM leases").execute(&self.pool).await?;
+            sqlx::query("DELETE FROM leases").execute(&mut *self.vital().await?).await?;
             fault::point("forget nodes: forgotten");
             Ok(())
         })

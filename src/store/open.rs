@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use sqlx::any::{Any, AnyConnectOptions, AnyPoolOptions};
+use sqlx::pool::PoolConnection;
 use sqlx::{AnyPool, Connection, Executor, Row, Transaction};
 
 use super::StoreError;
@@ -19,6 +20,9 @@ use crate::keys::StreamId;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often a transaction is tried that the database undoes for another's sake.
 const ATTEMPTS: u32 = 3;
+/// Connections that are kept for what tells whether the database is there, and who may sweep: however much is to be
+/// stored, it does not wait behind that.
+const VITAL_CONNECTIONS: u32 = 2;
 /// How long to wait for a connection.
 const ACQUIRE: Duration = Duration::from_secs(2);
 
@@ -60,6 +64,9 @@ impl fmt::Debug for Location {
 #[derive(Debug, Clone)]
 pub struct Store {
     pub(super) pool: AnyPool,
+    /// For `fleet` alone.
+    vital_pool: AnyPool,
+    writers: usize,
     pub(super) dialect: Dialect,
     pub(super) location: Location,
 }
@@ -67,7 +74,8 @@ pub struct Store {
 pub(super) type Tx = Transaction<'static, Any>;
 
 impl Store {
-    /// Opens the database and brings it to this version's schema.
+    /// Opens the database and brings it to this version's schema. It has at least three connections, whatever
+    /// `max_connections` says.
     ///
     /// # Errors
     /// [`StoreError::Open`] when it cannot be opened, [`StoreError::Migrate`] when its schema is newer than this
@@ -88,22 +96,24 @@ impl Store {
              PRAGMA secure_delete = ON; PRAGMA busy_timeout = 4000;",
             "SET statement_timeout = '4s'; SET idle_in_transaction_session_timeout = '10s';",
         );
-        let pool = AnyPoolOptions::new()
-            .max_connections(max_connections)
-            .acquire_timeout(ACQUIRE)
-            .after_connect(move |connection, _| {
-                Box::pin(async move { connection.execute(set_up).await.map(|_| ()) })
-            })
-            // The pool itself waits without end for what was given up to be over, with the connection's place taken.
-            .after_release(|connection, _| {
-                Box::pin(async move {
-                    let answered = tokio::time::timeout(ACQUIRE, connection.ping()).await;
-                    answered.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map(|()| true)
+        let pool = |connections: u32| {
+            AnyPoolOptions::new()
+                .max_connections(connections)
+                .acquire_timeout(ACQUIRE)
+                .after_connect(move |connection, _| {
+                    Box::pin(async move { connection.execute(set_up).await.map(|_| ()) })
                 })
-            })
-            .connect_with(options)
-            .await
-            .map_err(failed)?;
+                // The pool itself waits without end for what was given up to be over, with the connection's place taken.
+                .after_release(|connection, _| {
+                    Box::pin(async move {
+                        let answered = tokio::time::timeout(ACQUIRE, connection.ping()).await;
+                        answered.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map(|()| true)
+                    })
+                })
+        };
+        let connections = max_connections.saturating_sub(VITAL_CONNECTIONS).max(1);
+        let vital_pool = pool(VITAL_CONNECTIONS).connect_lazy_with(options.clone());
+        let pool = pool(connections).connect_with(options).await.map_err(failed)?;
         let migrator = match dialect {
             Dialect::Sqlite => sqlx::migrate!("src/store/migrations/sqlite"),
             Dialect::Postgres => sqlx::migrate!("src/store/migrations/postgres"),
@@ -111,12 +121,32 @@ impl Store {
         fault::point("migrate: before");
         migrator.run(&pool).await?;
         fault::point("migrate: done");
-        Ok(Self { pool, dialect, location: location.clone() })
+        let writers = match dialect {
+            // It has one at a time, and those that wait for it do not queue up but try again and again.
+            Dialect::Sqlite => 1,
+            // One is left to whoever sweeps or operates.
+            Dialect::Postgres => connections.saturating_sub(1).max(1) as usize,
+        };
+        Ok(Self { pool, vital_pool, writers, dialect, location: location.clone() })
     }
 
     /// Waits until every connection is closed.
     pub async fn close(&self) {
         self.pool.close().await;
+        self.vital_pool.close().await;
+    }
+
+    /// How many transactions it is worth having under way at once: more would wait for a connection, and be given up.
+    pub fn writers(&self) -> usize {
+        self.writers
+    }
+
+    /// A connection that little else waits for: one that is not to be had means that the database is away.
+    pub(super) async fn vital(&self) -> Result<PoolConnection<Any>, StoreError> {
+        self.vital_pool.acquire().await.map_err(|error| match error {
+            sqlx::Error::PoolTimedOut => StoreError::Unreachable(ACQUIRE),
+            error => error.into(),
+        })
     }
 
     /// Empties SQLite's write-ahead log, in which what was overwritten in the database lives on as it was. A failure

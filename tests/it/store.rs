@@ -41,6 +41,13 @@ impl Database {
         Self { location: Location::Postgres(postgres.database()), _keep: (None, Some(postgres)) }
     }
 
+    fn url(&self) -> String {
+        match &self.location {
+            Location::Sqlite(path) => format!("sqlite://{}", path.display()),
+            Location::Postgres(url) => url.clone(),
+        }
+    }
+
     async fn open(&self) -> Store {
         Store::open(&self.location, 8).await.unwrap()
     }
@@ -91,6 +98,7 @@ conforms!(
     many_streams_are_loaded_in_their_order,
     renditions_that_nobody_asks_for_are_forgotten,
     what_was_stored_is_there_after_opening_again,
+    work_that_waits_for_a_connection_is_no_sign_of_a_store_that_is_away,
 );
 
 fn stream(id: &str, prefix: &str) -> StreamRow {
@@ -669,6 +677,31 @@ async fn what_is_destroyed_is_in_no_file_of_sqlite_any_more() {
     }
 }
 
+async fn work_that_waits_for_a_connection_is_no_sign_of_a_store_that_is_away(database: Database) {
+    let store = Store::open(&database.location, 3).await.unwrap();
+    store.register(&stream("ch1", "/live/")).await.unwrap();
+    // Somebody else keeps the stream to himself, and so the one connection that is not kept for other things.
+    let mut other = sqlx::AnyConnection::connect(&database.url()).await.unwrap();
+    let lock = match database.location {
+        Location::Sqlite(_) => "BEGIN IMMEDIATE",
+        Location::Postgres(_) => "BEGIN; LOCK TABLE streams IN EXCLUSIVE MODE",
+    };
+    other.execute(lock).await.unwrap();
+    let waiting = tokio::spawn({
+        let store = store.clone();
+        async move { store.delete_stream(&"ch1".parse().unwrap(), NOW).await }
+    });
+    let refused = until("no connection is left", async || {
+        let asked = store.stream_ids("", 1).await;
+        store.changes(0).await.expect("what tells that the store is there goes on");
+        asked.err()
+    })
+    .await;
+    assert!(refused.is_busy() && !refused.is_away(), "{refused}");
+    other.execute("ROLLBACK").await.unwrap();
+    assert!(waiting.await.unwrap().unwrap());
+}
+
 #[tokio::test]
 async fn a_connection_whose_other_end_fell_silent_is_given_up() {
     let postgres = Postgres::shared();
@@ -677,10 +710,10 @@ async fn a_connection_whose_other_end_fell_silent_is_given_up() {
     let store = Store::open(&Location::Postgres(url.clone()), 1).await.unwrap();
     let mut locker = PgConnection::connect(&url).await.unwrap();
     locker.execute("BEGIN; LOCK TABLE streams").await.unwrap();
-    // The store's one connection waits for the lock while the process behind it is stopped.
+    // The store's one connection for this waits for the lock while the process behind it is stopped.
     let waiting = tokio::spawn({
         let store = store.clone();
-        async move { store.changes(0).await }
+        async move { store.stream_ids("", 1).await }
     });
     let waits =
         "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
@@ -697,7 +730,7 @@ async fn a_connection_whose_other_end_fell_silent_is_given_up() {
     signal("-STOP");
     locker.execute("COMMIT").await.unwrap();
     let given_up = waiting.await.unwrap();
-    let back = tokio::time::timeout(SOON, async { while store.changes(0).await.is_err() {} }).await;
+    let back = tokio::time::timeout(SOON, async { while store.stream_ids("", 1).await.is_err() {} }).await;
     signal("-CONT");
     assert!(given_up.unwrap_err().is_away());
     back.expect("another connection takes its place");
