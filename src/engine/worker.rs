@@ -23,10 +23,13 @@ use super::{Extend, Operator, Shared, StreamSpec, WorkerSeat};
 use crate::fault;
 use crate::keys::{EnvelopeError, KeyId, Ordinal, REPORT_INTERVAL, Reason, SecretError, StreamId, Timestamp};
 use crate::kms::{LocalKms, MasterKeyError};
-use crate::store::{Applied, Store, StoreError, Write, WriteOp};
+use crate::store::{Applied, Lease, Store, StoreError, Write, WriteOp};
 
 /// Streams that are loaded by one set of queries.
 pub(super) const LOAD_AT_ONCE: u32 = 200;
+
+/// A lease is asked for this long after it should have run out: the store counts in milliseconds.
+const LEASE_MARGIN: Duration = Duration::from_millis(5);
 
 /// Why the worker could not do its work.
 #[derive(Debug, Error)]
@@ -248,17 +251,20 @@ impl Core {
 
     /// Holds the lease on sweeping, or waits for it.
     async fn keep_the_lease(self: Arc<Self>) {
-        let mut ticks = tokio::time::interval(self.fleet.lease / 4);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let interval = self.fleet.lease / 4;
         loop {
-            ticks.tick().await;
+            let mut again_in = interval;
             // Counted from before the question: the store's own count cannot have begun earlier.
             let until = Instant::now() + self.fleet.lease;
             let held = self.store.hold_lease("sweep", &self.fleet.node, self.fleet.lease).await;
             let held_before = self.holds_lease();
             match held {
-                Ok(true) => *self.lease_until.lock() = Some(until),
-                Ok(false) => *self.lease_until.lock() = None,
+                Ok(Lease::Held) => *self.lease_until.lock() = Some(until),
+                Ok(Lease::Taken { expires_in }) => {
+                    *self.lease_until.lock() = None;
+                    // In the moment in which it runs out, unless it is renewed or given up before.
+                    again_in = interval.min(expires_in + LEASE_MARGIN);
+                }
                 // What is held lasts until it runs out.
                 Err(error) => tracing::debug!(%error, "the lease could not be renewed"),
             }
@@ -267,6 +273,7 @@ impl Core {
                 tracing::info!(node = self.fleet.node, holds, "the lease on sweeping has moved");
             }
             self.shared.metrics.lease_held.set(i64::from(holds));
+            tokio::time::sleep(again_in).await;
         }
     }
 

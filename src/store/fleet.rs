@@ -25,6 +25,16 @@ pub struct Changes {
     pub next: i64,
 }
 
+/// What [`Store::hold_lease`] came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lease {
+    Held,
+    /// Another has it, and for so long unless it renews it.
+    Taken {
+        expires_in: Duration,
+    },
+}
+
 /// Wakes when something may have changed.
 pub enum News {
     /// The database tells.
@@ -87,8 +97,8 @@ impl Store {
         }
     }
 
-    /// Takes a lease, or holds it for longer; `false` when another has it.
-    pub async fn hold_lease(&self, name: &str, holder: &str, length: Duration) -> Result<bool, StoreError> {
+    /// Takes a lease, or holds it for longer, unless another has it.
+    pub async fn hold_lease(&self, name: &str, holder: &str, length: Duration) -> Result<Lease, StoreError> {
         bounded(async {
             let sql = both!(
                 self.dialect,
@@ -98,9 +108,17 @@ impl Store {
             );
             let length = i64::try_from(length.as_millis()).unwrap_or(i64::MAX);
             fault::point("lease: before");
-            let held = sqlx::query(sql).bind(name).bind(holder).bind(length).execute(&mut *self.vital().await?).await?;
+            let mut connection = self.vital().await?;
+            let held = sqlx::query(sql).bind(name).bind(holder).bind(length).execute(&mut *connection).await?;
             fault::point("lease: held");
-            Ok(held.rows_affected() > 0)
+            if held.rows_affected() > 0 {
+                return Ok(Lease::Held);
+            }
+            let sql = both!(self.dialect, "SELECT expires_at_db - " now " AS millis FROM leases WHERE name = $1");
+            let row = sqlx::query(sql).bind(name).fetch_optional(&mut *connection).await?;
+            // It may have been given up in between.
+            let millis = row.map(|row| row.try_get::<i64, _>("millis")).transpose()?.unwrap_or_default();
+            Ok(Lease::Taken { expires_in: Duration::from_millis(u64::try_from(millis).unwrap_or_default()) })
         })
         .await
     }

@@ -14,7 +14,7 @@ mod rows;
 mod schedules;
 mod streams;
 
-pub use fleet::{Changes, News};
+pub use fleet::{Changes, Lease, News};
 pub use keys::{Applied, Write, WriteOp};
 pub use open::{Location, Store};
 pub use rows::{

@@ -8,8 +8,8 @@ use keyshield::keys::{
     Policy, Reason, StreamId, Timestamp,
 };
 use keyshield::store::{
-    Applied, BoundaryRow, CdnRow, DekRow, KeyLife, KeyRow, Location, Registered, RenditionRow, Served, Store,
-    StoreError, StoredStream, StreamRow, StreamState, Write, WriteOp,
+    Applied, BoundaryRow, CdnRow, DekRow, KeyLife, KeyRow, Lease, Location, Registered, RenditionRow, Served,
+    Store, StoreError, StoredStream, StreamRow, StreamState, Write, WriteOp,
 };
 use serde_json::json;
 use sqlx::{Connection, Executor, PgConnection};
@@ -547,19 +547,22 @@ async fn reports_say_the_same_in_whatever_order_they_come(database: Database) {
 async fn a_lease_is_held_by_one_until_it_runs_out(database: Database) {
     let store = database.open().await;
     let (long, short) = (Duration::from_secs(600), Duration::from_millis(1));
-    assert!(store.hold_lease("sweep", "a", long).await.unwrap());
-    assert!(!store.hold_lease("sweep", "b", long).await.unwrap());
-    assert!(store.hold_lease("other", "b", long).await.unwrap());
-    assert!(store.hold_lease("sweep", "a", short).await.unwrap(), "the holder may renew it");
+    let hold = async |name, holder, length| store.hold_lease(name, holder, length).await.unwrap();
+    assert_eq!(hold("sweep", "a", long).await, Lease::Held);
+    let Lease::Taken { expires_in } = hold("sweep", "b", long).await else { panic!("it is taken") };
+    assert!(expires_in <= long && expires_in > long - SOON, "{expires_in:?}");
+    assert_eq!(hold("other", "b", long).await, Lease::Held);
+    assert_eq!(hold("sweep", "a", short).await, Lease::Held, "the holder may renew it");
     let taken_over = async {
-        while !store.hold_lease("sweep", "b", long).await.unwrap() {
+        while let Lease::Taken { expires_in } = hold("sweep", "b", long).await {
+            assert!(expires_in <= short, "{expires_in:?}");
             tokio::task::yield_now().await;
         }
     };
     tokio::time::timeout(Duration::from_secs(5), taken_over).await.expect("it runs out");
-    assert!(!store.hold_lease("sweep", "a", long).await.unwrap());
+    assert_ne!(hold("sweep", "a", long).await, Lease::Held);
     store.leave("b").await.unwrap();
-    assert!(store.hold_lease("sweep", "a", long).await.unwrap(), "given up at once");
+    assert_eq!(hold("sweep", "a", long).await, Lease::Held, "given up at once");
 }
 
 async fn a_node_that_is_silent_is_missing_until_it_is_given_up(database: Database) {
