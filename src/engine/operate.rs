@@ -27,7 +27,7 @@ const ATTEMPTS: usize = 4;
 /// A handle for operators. Belongs to the runtime of the [`super::Worker`]; clones share everything.
 #[derive(Clone)]
 pub struct Operator {
-    core: Arc<Core>,
+    pub(super) core: Arc<Core>,
 }
 
 impl From<WorkerError> for OperatorError {
