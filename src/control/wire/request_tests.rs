@@ -202,6 +202,11 @@ fn a_change_stays_within_the_stream_and_touches_nothing_else() {
         let fault = change(json!({"playlistUrl": elsewhere})).unwrap_err();
         assert!(fault.field == "playlistUrl" && fault.detail.contains("/stream/"), "{fault:?}");
     }
+    let fault = change(json!({"config": {"encryptInitSections": true}})).unwrap_err();
+    assert_eq!(fault.field, "config.encryptInitSections");
+    assert!(fault.detail.contains("delete the stream and initialize it again"), "{fault:?}");
+    let same = change(json!({"config": {"encryptInitSections": false}})).unwrap();
+    assert_eq!(same, StreamChange::default(), "saying what holds is no change");
     let policy = change(json!({"config": {"gracePeriod": 5}})).unwrap().policy.unwrap();
     assert_eq!((policy.to.segments_per_key, policy.to.grace_period), (7, Duration::from_secs(5)));
     let unsynced = change(json!({"config": {"cdnSyncEnabled": false}, "cdnEndpoints": []})).unwrap();

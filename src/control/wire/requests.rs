@@ -69,7 +69,7 @@ pub(in crate::control) struct InitializeRequest {
     config: Option<ConfigRequest>,
 }
 
-/// What is to be changed of a stream; what is left out stays.
+/// What is to be changed of a stream; what is left out stays. `config.encryptInitSections` must stay as it is.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[schema(examples(json!({"config": {"segmentsPerKey": 50}})))]
@@ -290,6 +290,12 @@ impl UpdateRequest {
         }
         let cdn_endpoints = cdn_endpoints(self.cdn_endpoints, &mut faults);
         let cdn_sync_enabled = self.config.as_ref().and_then(|config| config.cdn_sync_enabled);
+        let init_sections = self.config.as_ref().and_then(|config| config.encrypt_init_sections);
+        if init_sections.is_some_and(|encrypt| encrypt != stream.spec.policy.encrypt_init_sections) {
+            let why = "cannot be changed while the stream is there, because it would change the URIs of EXT-X-MAPs \
+                       that are published: delete the stream and initialize it again";
+            faults.add("config.encryptInitSections", why);
+        }
         let policy = self.config.map(|config| config.over(&stream.spec.policy, &mut faults));
         // What does not change is not sent: it would undo what another changes meanwhile.
         let policy = policy
