@@ -96,7 +96,8 @@ pub(super) async fn read(
 /// Change a stream
 ///
 /// What is left out stays as it is. Paths that are published stay as they are too: a new playlist must lie below
-/// the stream's path prefix.
+/// the stream's path prefix, and `config.encryptInitSections` cannot be changed. A key keeps the `keyMethod` and the
+/// `ivMode` that it was made with: new ones show when the keys that wait (`preGenerateKeys`) have had their turn.
 #[utoipa::path(patch, path = "/api/hls/streams/{streamId}", operation_id = "updateStream",
     tag = "streams", params(StreamPath),
     request_body = UpdateRequest,

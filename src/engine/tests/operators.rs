@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::engine::{OperatorError, PolicyChange, StreamChange, StreamState};
-use crate::keys::{KeyId, KeyState};
+use crate::keys::{KeyId, KeyMethod, KeyState};
 
 fn channel(id: &str, prefix: &str) -> StreamSpec {
     StreamSpec { id: id.parse().unwrap(), prefix: prefix.into(), ..spec() }
@@ -287,6 +287,23 @@ async fn a_new_policy_holds_from_the_next_key_on() {
     assert_eq!([key(105), key(109), key(110), key(112), key(113)], [0, 0, 1, 1, 2]);
     let refused = node.operator.update(&id(), change, "ops").await.unwrap_err();
     assert!(matches!(refused, OperatorError::Configured(_)), "{refused}");
+}
+
+#[tokio::test]
+async fn a_new_method_shows_when_the_keys_that_wait_have_had_their_turn() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path(), Clock::manual(START)).await;
+    let spec = channel("ch2", "/two/");
+    node.operator.initialize(spec.clone(), "ops").await.unwrap();
+    let to = Policy { key_method: KeyMethod::Aes256, ..spec.policy.clone() };
+    let policy = Some(PolicyChange { from: spec.policy, to });
+    node.operator.update(&spec.id, StreamChange { policy, ..StreamChange::default() }, "ops").await.unwrap();
+    let mut methods = Vec::new();
+    for _ in 0..4 {
+        methods.push(node.operator.rotate(&spec.id, "ops").await.unwrap().key.method);
+    }
+    use KeyMethod::{Aes128, Aes256};
+    assert_eq!(methods, [Aes128, Aes128, Aes128, Aes256], "three keys waited");
 }
 
 #[tokio::test]
