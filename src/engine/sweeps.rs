@@ -99,7 +99,7 @@ impl Core {
                     continue;
                 }
                 KeyOp::Promote { ordinal, forced, reason } => {
-                    let why = if forced { Reason::Promotion } else { Reason::Start };
+                    let why = if forced { Reason::Promotion } else { known.reason_of_boundary(ordinal) };
                     (WriteOp::Promote { upto: ordinal, reason: why, actor: None, at: now }, reason)
                 }
                 KeyOp::Force { ordinal, reason } => (WriteOp::Force { ordinal }, reason),

@@ -115,6 +115,25 @@ async fn a_count_of_segments_changes_the_key_and_what_was_published_stays() {
 }
 
 #[tokio::test]
+async fn a_promotion_that_was_interrupted_keeps_the_reason_of_its_boundary() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path(), Clock::manual(START)).await;
+    node.published(RENDITION, 100, 114).await;
+    node.sweeps.abort();
+    let _ = node.sweeps.await;
+    // As it is after a kill between the boundary and the promotion of its key.
+    let sql = "UPDATE content_keys SET state = 'pre-active', activated_at = NULL, activated_for = NULL,
+                                       activated_by = NULL, forced = 0
+               WHERE ordinal = 1";
+    sqlx::query(sql).execute(&database(dir.path()).await).await.unwrap();
+    let again = Node::start(dir.path(), Clock::manual(START)).await;
+    sweeps(&again).await;
+    let history = again.operator.rotations(&again.stream().id, None, 10).await.unwrap();
+    let reasons: Vec<_> = history.iter().map(|key| key.activated_for.clone().unwrap()).collect();
+    assert_eq!(reasons, ["count", "start"]);
+}
+
+#[tokio::test]
 async fn renditions_change_their_key_at_the_same_number() {
     let dir = tempfile::tempdir().unwrap();
     let node = Node::start(dir.path(), Clock::manual(START)).await;
