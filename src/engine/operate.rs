@@ -152,6 +152,7 @@ impl Operator {
         if !changed.await? {
             return Err(OperatorError::Overtaken(id.clone()));
         }
+        core.warn_of_no_lead(&stream.known.read().row);
         tracing::info!(stream = %id, actor, "stream updated");
         Ok(core.info(&stream))
     }
