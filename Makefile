@@ -6,12 +6,13 @@ TEST_THREADS ?= 6
 # With the points at which tests kill the process. One build for all tests; never a release (src/fault.rs).
 TEST = $(CARGO) test --locked --features faults
 
-.PHONY: help demo test fleet low-latency bench-sweep check fmt build clip clean
+.PHONY: help demo test fleet outage low-latency bench-sweep check fmt build clip clean
 
 help:
 	@echo "make demo    play an encrypted, rotating live stream at http://127.0.0.1:8080/demo/master.m3u8"
 	@echo "make test    run every test, real players included"
 	@echo "make fleet   run two nodes behind a load balancer for ten minutes (FLEET_SECS for another time)"
+	@echo "make outage  take the store, then a node, away under load for a minute (OUTAGE_SECS for another time)"
 	@echo "make low-latency  how much later parts are there through the shield (LL_SECS for another time)"
 	@echo "make bench-sweep  what sweeps cost at up to 100,000 streams (SIZES=100,1000 for others)"
 	@echo "make check   format and lints"
@@ -29,6 +30,10 @@ test:
 fleet:
 	@scripts/bootstrap.sh test
 	FLEET_SECS=$${FLEET_SECS:-600} $(TEST) --test it -- --nocapture fleet::two_nodes
+
+outage:
+	@scripts/bootstrap.sh test
+	OUTAGE_SECS=$${OUTAGE_SECS:-60} $(TEST) --test it -- --nocapture --test-threads=1 outage::
 
 low-latency:
 	@scripts/bootstrap.sh test

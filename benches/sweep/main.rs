@@ -36,7 +36,7 @@ use place::{Place, Places};
 
 const START: Timestamp = Timestamp::from_unix_millis(1_700_000_000_000);
 /// A pool as the configuration's default makes it.
-const CONNECTIONS: u32 = 16;
+const CONNECTIONS: u32 = 8;
 const IDLE_SWEEPS: usize = 9;
 const ROTATIONS: usize = 3;
 /// Longer than the interval of [`Policy::default`], and than what its keys outlive their last playlist by.
@@ -198,6 +198,7 @@ fn specs(streams: usize) -> anyhow::Result<Vec<StreamSpec>> {
             cdn_endpoints: Vec::new(),
             cdn_sync_enabled: false,
             policy: Policy::default(),
+            request: None,
         })
     };
     (0..streams).map(spec).collect()

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use serde_json::json;
 
-use crate::config::{Config, Effective, EffectiveValue, Environment, JwksSource};
+use crate::config::{Config, Effective, EffectiveValue, Environment, JwksSource, masked_url};
 
 /// Longer lines do not push the column of sources to the right.
 const LONGEST_ALIGNED: usize = 60;
@@ -56,7 +56,7 @@ fn summary(config: &Config) -> String {
     if let Some(jwt) = &config.jwt {
         let keys = match &jwt.jwks {
             JwksSource::File(path) => path.display().to_string(),
-            JwksSource::Url(url) => url.clone(),
+            JwksSource::Url(url) => masked_url(url),
         };
         line(format_args!("tokens of   {} for {}, keys in {keys}", jwt.issuer, jwt.audience));
     }

@@ -163,6 +163,7 @@ fn streams(config: &Config) -> Vec<StreamSpec> {
         // As where a call begins one and says nothing.
         cdn_sync_enabled: true,
         policy: stream.policy.clone(),
+        request: None,
     };
     config.streams.iter().map(spec).collect()
 }

@@ -30,6 +30,7 @@ pub use environment::Environment;
 pub use error::ConfigError;
 pub use layers::{Layers, Setting, Source};
 pub use raw::{RawConfig, RawControl, RawJwt, RawOrigin, RawPolicy, RawStream, RawToken};
+pub use secrets::masked_url;
 pub use streams::StreamConfig;
 
 use crate::hls::Mounts;
@@ -239,6 +240,19 @@ mod tests {
         assert_eq!(parse(&flat).unwrap().streams[0].prefix, "/live/ch");
         let elsewhere = format!("{ORIGIN}{stream}path_prefix = \"/vod/\"\n");
         assert!(parse(&elsewhere).unwrap_err().contains("path_prefix"));
+    }
+
+    #[test]
+    fn of_a_playlists_query_there_is_what_its_origin_lists() {
+        let stream =
+            "[[streams]]\nid = \"ch1\"\nplaylist_url = \"https://origin.example/a.m3u8?token=secret&q=1\"\n";
+        let shown =
+            |origin: &str| parse(&format!("{origin}{stream}")).unwrap().streams[0].playlist_url.clone();
+        assert_eq!(shown(ORIGIN), "https://origin.example/a.m3u8");
+        assert_eq!(shown(&format!("{ORIGIN}query_params = [\"q\"]\n")), "https://origin.example/a.m3u8?q=1");
+        let error =
+            parse(&format!("{ORIGIN}{}", stream.replace("origin.example", "other.example"))).unwrap_err();
+        assert!(!error.contains("secret"), "{error}");
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! What of a secret may be shown: enough to tell one from another, nothing to use.
 
-/// A URL without its password. Works on text that is no valid URL too: a password with a stray `/` or `#` is what
+/// A URL without its password and, of the web, without the values of its query, which may be a token. Works on text that is no valid URL too: a password with a stray `/` or `#` is what
 /// makes it invalid, and the error about that must not show it.
-pub(super) fn masked_url(text: &str) -> String {
+pub fn masked_url(text: &str) -> String {
     let Some((scheme, rest)) = text.split_once("://") else { return text.to_owned() };
     let rest = match rest.rsplit_once('@') {
         Some((user, place)) => match user.split_once(':') {
@@ -12,14 +12,18 @@ pub(super) fn masked_url(text: &str) -> String {
         None => rest.to_owned(),
     };
     let Some((place, query)) = rest.split_once('?') else { return format!("{scheme}://{rest}") };
-    let query: Vec<_> = query.split('&').map(masked_parameter).collect();
+    let is_of_the_web = ["http", "https"].iter().any(|of| scheme.eq_ignore_ascii_case(of));
+    let query: Vec<_> =
+        query.split('&').map(|parameter| masked_parameter(parameter, is_of_the_web)).collect();
     format!("{scheme}://{place}?{}", query.join("&"))
 }
 
-/// libpq takes a password among the parameters too.
-fn masked_parameter(parameter: &str) -> String {
+/// libpq takes a password among the parameters too; the others say how to connect.
+fn masked_parameter(parameter: &str, always: bool) -> String {
     match parameter.split_once('=') {
-        Some((name, _)) if name.to_ascii_lowercase().contains("password") => format!("{name}=***"),
+        Some((name, _)) if always || name.to_ascii_lowercase().contains("password") => format!("{name}=***"),
+        // Nobody knows what a value without a name is.
+        None if always => "***".to_owned(),
         _ => parameter.to_owned(),
     }
 }
@@ -47,6 +51,12 @@ mod tests {
             ("postgres:///keys?host=/run&password=secret", "postgres:///keys?host=/run&password=***"),
             ("postgres://user:sec/r?e#t@db/keys", "postgres://user:***@db/keys"),
             ("postgres://user:sec@ret@db/keys", "postgres://user:***@db/keys"),
+            (
+                "https://o.example/a.m3u8?token=secret&quality=high",
+                "https://o.example/a.m3u8?token=***&quality=***",
+            ),
+            ("HTTP://o.example/a.m3u8?secret", "HTTP://o.example/a.m3u8?***"),
+            ("https://o.example/a.m3u8", "https://o.example/a.m3u8"),
         ] {
             assert_eq!(masked_url(text), shown);
         }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::ConfigError;
 use super::checks::{entry, field};
 use super::raw::{RawPolicy, RawStream};
+use super::secrets::masked_url;
 use crate::hls::{Mounts, normalized_path};
 use crate::keys::{IvMode, KeyMethod, NO_IV_MODE, OnEncrypted, Policy, PolicyError, StreamId, Subtitles};
 
@@ -17,7 +18,8 @@ pub struct StreamConfig {
     pub id: StreamId,
     pub origin: String,
     pub prefix: String,
-    /// As it was given.
+    /// As it was given, but for parameters that its origin does not list: they are never sent, may be secrets, and would
+    /// be shown to whoever may list streams.
     pub playlist_url: String,
     /// The path of its main playlist, as players ask the shield for it.
     pub playlist_path: String,
@@ -58,8 +60,11 @@ fn stream(
 ) -> Result<StreamConfig, ConfigError> {
     let id: StreamId =
         raw.id.parse().map_err(|source| ConfigError::StreamId { id: raw.id.clone(), source })?;
-    let bad_url =
-        |source| ConfigError::StreamUrl { stream: raw.id.clone(), url: raw.playlist_url.clone(), source };
+    let bad_url = |source| ConfigError::StreamUrl {
+        stream: raw.id.clone(),
+        url: masked_url(&raw.playlist_url),
+        source,
+    };
     let place = mounts.place_of(&raw.playlist_url).map_err(bad_url)?;
     let plain = normalized_path(&place.path).map_err(bad_url)?;
     let prefix = match &raw.path_prefix {
@@ -77,7 +82,12 @@ fn stream(
     }
     let policy = policy.checked().map_err(|source| ConfigError::Policy { stream: raw.id.clone(), source })?;
     let playlist_path = place.mount.shield_path(&place.path);
-    let (origin, playlist_url) = (place.mount.origin.clone(), raw.playlist_url.clone());
+    let origin = place.mount.origin.clone();
+    let bare = raw.playlist_url.split(['?', '#']).next().unwrap_or_default();
+    let playlist_url = match place.query.as_deref().and_then(|query| place.mount.playlist_query(query)) {
+        Some(query) => format!("{bare}?{query}"),
+        None => bare.to_owned(),
+    };
     Ok(StreamConfig { id, origin, prefix, playlist_url, playlist_path, policy })
 }
 

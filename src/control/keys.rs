@@ -79,8 +79,9 @@ pub(super) async fn rotate(
 
 /// Take keys back
 ///
-/// A key that leaked is refused to players from the first moment, and its successor is in force when this
-/// answers. Segments keep their paths; playlists name the successor for them.
+/// When this answers, the node that was asked refuses the keys to players, and their successor is in force. Other nodes
+/// do the same as soon as they hear of it, at the latest at their next poll; one that is cut off from the store goes on
+/// as before until it is back. Segments keep their paths; playlists name the successor for them.
 #[utoipa::path(post, path = "/api/hls/streams/{streamId}/emergency-revoke", operation_id = "emergencyRevoke",
     tag = "keys", params(StreamPath),
     request_body = RevokeRequest,

@@ -131,5 +131,6 @@ async fn to_its_end<T: Send + 'static>(
     work: impl Future<Output = Result<T, OperatorError>> + Send + 'static,
 ) -> Result<T, Problem> {
     let ended = tokio::spawn(work).await;
-    ended.unwrap_or_else(|error| Err(OperatorError::Failed(error.to_string()))).map_err(Problem::from)
+    // Nobody knows how far one came that panicked.
+    ended.unwrap_or_else(|error| Err(OperatorError::Unknown(error.to_string()))).map_err(Problem::from)
 }

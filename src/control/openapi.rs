@@ -69,7 +69,9 @@ problem_responses! {
     Refusals:
     (401, "No valid token."),
     (403, "Not permitted to the caller's roles."),
-    (503, "Keys are not loaded yet, or the store or the KMS failed: nothing was changed."),
+    (503, "Nothing was changed: keys are not loaded yet (`not-ready`), the store or the KMS failed (`failed`), tokens \
+           cannot be checked (`no-issuer-keys`). Or the store did not say whether it was done (`outcome-unknown`): \
+           read the stream and its keys, and ask again if it was not."),
 }
 
 problem_responses! {

@@ -36,12 +36,13 @@ pub(super) enum Kind {
     Invalid,
     NotReady,
     Failed,
+    OutcomeUnknown,
     NoIssuerKeys,
 }
 
 impl Kind {
     #[cfg(test)]
-    pub(super) const ALL: [Kind; 20] = [
+    pub(super) const ALL: [Kind; 21] = [
         Kind::BadJson,
         Kind::Unauthenticated,
         Kind::Forbidden,
@@ -61,6 +62,7 @@ impl Kind {
         Kind::Invalid,
         Kind::NotReady,
         Kind::Failed,
+        Kind::OutcomeUnknown,
         Kind::NoIssuerKeys,
     ];
 
@@ -87,6 +89,9 @@ impl Kind {
             Kind::Invalid => (S::UNPROCESSABLE_ENTITY, "invalid", "The request does not make sense"),
             Kind::NotReady => (S::SERVICE_UNAVAILABLE, "not-ready", "Keys are not loaded yet"),
             Kind::Failed => (S::SERVICE_UNAVAILABLE, "failed", "It could not be done"),
+            Kind::OutcomeUnknown => {
+                (S::SERVICE_UNAVAILABLE, "outcome-unknown", "It is not known whether it was done")
+            }
             Kind::NoIssuerKeys => (S::SERVICE_UNAVAILABLE, "no-issuer-keys", "Tokens cannot be checked"),
         }
     }
@@ -197,7 +202,18 @@ impl From<OperatorError> for Problem {
             OperatorError::NotReady => Kind::NotReady,
             OperatorError::Failed(why) => {
                 tracing::error!(why, "an operator's call failed");
-                return Problem::new(Kind::Failed, "the store or the KMS failed; the log says why");
+                return Problem::new(
+                    Kind::Failed,
+                    "the store or the KMS failed: nothing was changed, and the log says why",
+                );
+            }
+            OperatorError::Unknown(why) => {
+                tracing::error!(why, "an operator's call may have been carried out or not");
+                return Problem::new(
+                    Kind::OutcomeUnknown,
+                    "the store did not say whether it was done, and the log says why: read the stream and its \
+                     keys, and ask again if it was not",
+                );
             }
         };
         Problem::new(kind, error.to_string())
@@ -238,7 +254,7 @@ mod tests {
         for (error, status) in [
             (OperatorError::NoStream(id()), 404),
             (OperatorError::NoKey { stream: id(), key }, 404),
-            (OperatorError::Differs { id: id(), field: "playlistUrl" }, 409),
+            (OperatorError::Differs { id: id(), field: "playlistUrl".into() }, 409),
             (taken, 409),
             (OperatorError::Configured(id()), 409),
             (OperatorError::Stopped(id()), 409),
@@ -247,6 +263,7 @@ mod tests {
             (OperatorError::NotRevocable { key, state: "destroyed" }, 409),
             (OperatorError::NotReady, 503),
             (OperatorError::Failed("password=hunter2".into()), 503),
+            (OperatorError::Unknown("password=hunter2".into()), 503),
         ] {
             let problem = Problem::from(error);
             assert_eq!(problem.status, status, "{problem:?}");

@@ -96,7 +96,8 @@ pub(super) async fn read(
 /// Change a stream
 ///
 /// What is left out stays as it is. Paths that are published stay as they are too: a new playlist must lie below
-/// the stream's path prefix.
+/// the stream's path prefix, and `config.encryptInitSections` cannot be changed. A key keeps the `keyMethod` and the
+/// `ivMode` that it was made with: new ones show when the keys that wait (`preGenerateKeys`) have had their turn.
 #[utoipa::path(patch, path = "/api/hls/streams/{streamId}", operation_id = "updateStream",
     tag = "streams", params(StreamPath),
     request_body = UpdateRequest,
@@ -152,8 +153,9 @@ pub(super) async fn delete(
 
 /// Erase a stream
 ///
-/// Shreds its data encryption keys, so that its keys cannot be opened from any backup, and removes every row about
-/// it. It may be running, stopped or deleted.
+/// Removes its data encryption keys, without which its content keys cannot be opened, and every row about it but the
+/// bare ID. Backups that were made before hold both, wrapped under the master key: let them expire. It may be running,
+/// stopped or deleted.
 #[utoipa::path(post, path = "/api/hls/streams/{streamId}/erase", operation_id = "eraseStream",
     tag = "streams", params(StreamPath),
     request_body = EraseRequest,

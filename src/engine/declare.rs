@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use super::StreamSpec;
-use super::operate::differing_field;
+use super::compare::differing_field;
 use super::stream::Stream;
 use super::worker::{Core, LOAD_AT_ONCE, WorkerError};
 use crate::fault;

@@ -2,7 +2,7 @@
 //!
 //! While the store is away, a rendition goes on under the keys that are in memory: what the count asks for is
 //! arithmetic, so every node that is cut off decides the same, and it is stored when the store is back. All else
-//! waits for the store (docs/design/009).
+//! waits for the store (docs/design/009). One that is too busy is done without in the same way, and not taken for away.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,6 +20,8 @@ impl Core {
         let Extend { stream, rendition, shown, reply, _place } = extend;
         let extended = {
             let _changing = stream.changing.lock().await;
+            // Taken last: whoever has a turn waits for the store alone. Nobody closes it.
+            let _turn = self.turns.acquire().await;
             let extended = self.extend(&stream, &rendition, &shown).await;
             stream.settle(&rendition);
             extended
@@ -55,9 +57,9 @@ impl Core {
                     fault::point("extend: boundaries known, none promoted");
                     match self.promote(stream, highest.ordinal, reason).await {
                         // All that the window needs is stored; the promotion is the next sweep's.
-                        Err(WorkerError::Store(error)) if error.is_away() => {
-                            self.note_store(false);
-                            tracing::warn!(%error, "the store is away, before a promotion");
+                        Err(WorkerError::Store(error)) if error.is_away() || error.is_busy() => {
+                            self.note_if_away(&error);
+                            tracing::warn!(%error, "the store is away or busy, before a promotion");
                         }
                         promoted => promoted?,
                     }
@@ -71,9 +73,9 @@ impl Core {
                     tracing::warn!(%error, "the store may have the boundaries or not: they hold");
                     return self.decide_alone(stream, rendition, shown, &call, true);
                 }
-                Err(WorkerError::Store(error)) if error.is_away() => {
-                    self.note_store(false);
-                    tracing::warn!(%error, "the store is away");
+                Err(WorkerError::Store(error)) if error.is_away() || error.is_busy() => {
+                    self.note_if_away(&error);
+                    tracing::warn!(%error, "the store is away or busy");
                     return self.decide_alone(stream, rendition, shown, &call, false);
                 }
                 Err(error) => return Err(error),
@@ -178,7 +180,7 @@ impl Core {
             // the last one stays in use: its period then ends where the next key can be had.
             return Ok(());
         }
-        tracing::warn!(stream = %stream.id, rendition, "the store is away: keys change by count alone");
+        tracing::warn!(stream = %stream.id, rendition, "without the store, keys change by count alone");
         self.know_boundaries(stream, rendition, shown, &Call { planned, ..call.clone() });
         self.decided_alone.store(true, Ordering::Release);
         Ok(())

@@ -32,6 +32,7 @@ impl Core {
         }
         // Known before its keys are, and in place of what it was before: nothing of it may be passed through, even
         // if it cannot be read. Until it is, it has a revision that the store never has.
+        self.warn_of_no_lead(&stored.stream);
         let stream = Arc::new(Stream::new(StreamRow { rev: UNREAD, ..stored.stream.clone() }));
         // Nobody else has it yet, so this does not fail.
         let _changing = stream.changing.try_lock();
@@ -42,6 +43,17 @@ impl Core {
         self.note_streams();
         self.unwrap_deks(&stream, stored)?;
         self.merge(&stream, stored)
+    }
+
+    /// Warns of a stream whose key changes this node may hear of too late. It is no error: one node may be all there is.
+    pub(super) fn warn_of_no_lead(&self, row: &StreamRow) {
+        if row.policy.lead_segments == 0 && !self.is_alone() {
+            tracing::warn!(
+                stream = %row.id,
+                "lead_segments is 0 on a store that several nodes may share: what time or an operator asks for changes \
+                 segments that another node has published already; make it 1 or more"
+            );
+        }
     }
 
     /// Drops a stream with all its keys from memory.

@@ -7,6 +7,7 @@
 //!
 //! Deliberately absent: playlist text and HTTP.
 
+mod compare;
 mod declare;
 mod directory;
 mod extend;

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::compare::{differing_field, differing_request};
 use super::operator::{
     Erased, Initialized, KeyInfo, ManualRotation, OperatorError, PolicyChange, Revocation, StreamChange,
     StreamInfo, StreamSpec, StreamState,
@@ -25,7 +26,7 @@ const ATTEMPTS: usize = 4;
 /// A handle for operators. Belongs to the runtime of the [`super::Worker`]; clones share everything.
 #[derive(Clone)]
 pub struct Operator {
-    core: Arc<Core>,
+    pub(super) core: Arc<Core>,
 }
 
 impl From<WorkerError> for OperatorError {
@@ -37,6 +38,23 @@ impl From<WorkerError> for OperatorError {
 impl From<StoreError> for OperatorError {
     fn from(error: StoreError) -> Self {
         OperatorError::Failed(error.to_string())
+    }
+}
+
+impl OperatorError {
+    /// Of a change that failed: it may be stored all the same.
+    fn of_change(error: impl Into<WorkerError>) -> Self {
+        match error.into() {
+            WorkerError::Store(error) | WorkerError::Unanswered(error) if error.may_be_stored() => {
+                OperatorError::Unknown(error.to_string())
+            }
+            error => error.into(),
+        }
+    }
+
+    /// Of what comes behind a change that is stored.
+    fn behind_a_change(error: impl std::fmt::Display) -> Self {
+        OperatorError::Unknown(format!("it is stored, but not known here yet: {error}"))
     }
 }
 
@@ -52,24 +70,36 @@ impl Operator {
     pub async fn initialize(&self, spec: StreamSpec, actor: &str) -> Result<Initialized, OperatorError> {
         let core = &self.core;
         let row = core.row(&spec);
-        let (row, created) = match core.store.register(&row).await? {
-            Registered::Created(row) => (row, true),
+        let registered = core.store.register(&row).await.map_err(OperatorError::of_change)?;
+        let (row, created, is_changed) = match registered {
+            Registered::Created(row) => (row, true, true),
             Registered::Exists(there) => {
-                if let Some(field) = differing_field(&spec, &there) {
+                let differing = match (&spec.request, &there.request) {
+                    (Some(asked), Some(before)) => differing_request(asked, before),
+                    // What the configuration declares is compared by what it comes to.
+                    _ => differing_field(&spec, &there).map(str::to_owned),
+                };
+                if let Some(field) = differing {
                     return Err(OperatorError::Differs { id: spec.id, field });
                 }
-                if there.state != StoredState::Running {
+                let is_stopped = there.state != StoredState::Running;
+                if is_stopped {
                     let resume = |there| Some(StreamRow { state: StoredState::Running, ..there });
-                    core.store.update_stream(&spec.id, core.now(), resume).await?;
+                    let resumed = core.store.update_stream(&spec.id, core.now(), resume).await;
+                    resumed.map_err(OperatorError::of_change)?;
                 }
-                (there, false)
+                (there, false, is_stopped)
             }
             Registered::PrefixTaken(owner) => {
                 return Err(OperatorError::PrefixTaken { prefix: spec.prefix, origin: spec.origin, owner });
             }
         };
         fault::point("initialize: registered, not begun");
-        core.begin(std::slice::from_ref(&row.id)).await?;
+        let begun = core.begin(std::slice::from_ref(&row.id)).await;
+        begun.map_err(|error| match is_changed {
+            true => OperatorError::behind_a_change(error),
+            false => error.into(),
+        })?;
         fault::point("initialize: begun");
         let stream = core.known_stream(&row.id).await?;
         tracing::info!(stream = %row.id, actor, created, "stream initialized");
@@ -121,6 +151,7 @@ impl Operator {
         if !changed.await? {
             return Err(OperatorError::Overtaken(id.clone()));
         }
+        core.warn_of_no_lead(&stream.known.read().row);
         tracing::info!(stream = %id, actor, "stream updated");
         Ok(core.info(&stream))
     }
@@ -147,7 +178,7 @@ impl Operator {
         let core = &self.core;
         let stream = core.changeable(id).await?;
         let _changing = stream.changing.lock().await;
-        let deleted = core.store.delete_stream(id, core.now()).await?;
+        let deleted = core.store.delete_stream(id, core.now()).await.map_err(OperatorError::of_change)?;
         core.forget(id);
         if !deleted {
             return Err(OperatorError::NoStream(id.clone()));
@@ -171,7 +202,7 @@ impl Operator {
             None => None,
         };
         let erased_at = core.now();
-        let removed = core.store.erase_stream(id, erased_at).await?;
+        let removed = core.store.erase_stream(id, erased_at).await.map_err(OperatorError::of_change)?;
         core.forget(id);
         let removed = removed.ok_or_else(|| OperatorError::NoStream(id.clone()))?;
         tracing::warn!(stream = %id, actor, "stream erased");
@@ -246,7 +277,7 @@ impl Operator {
                 at: core.now(),
             };
             if core.write(&stream, next, vec![promote]).await?.first().is_some_and(|count| *count > 0) {
-                let key = stream.known.read().info_of(next).ok_or(OperatorError::NotReady)?;
+                let key = stream.known.read().info_of(next).ok_or_else(not_known)?;
                 return Ok(ManualRotation { key, previous });
             }
         }
@@ -304,7 +335,7 @@ impl Operator {
             let known = stream.known.read();
             return Ok(Revocation {
                 revoked: ordinals.iter().filter_map(|ordinal| known.info_of(*ordinal)).collect(),
-                successor: known.info_of(successor).ok_or(OperatorError::NotReady)?,
+                successor: known.info_of(successor).ok_or_else(not_known)?,
                 reason: reason.to_owned(),
                 revoked_by: actor.to_owned(),
                 revoked_at: at,
@@ -325,6 +356,7 @@ impl Core {
             prefix: spec.prefix.clone(),
             cdn: CdnRow { endpoints: spec.cdn_endpoints.clone(), sync_enabled: spec.cdn_sync_enabled },
             policy: spec.policy.clone(),
+            request: spec.request.clone(),
             state: StoredState::Running,
             created_at: self.now(),
             updated_at: self.now(),
@@ -366,13 +398,21 @@ impl Core {
         change: impl FnOnce(StreamRow) -> Option<StreamRow>,
     ) -> Result<bool, OperatorError> {
         let changed = match self.store.update_stream(&stream.id, self.now(), change).await {
-            Ok(changed) => changed.is_some(),
+            Ok(changed) => changed,
             Err(StoreError::NoStream) => return Err(OperatorError::NoStream(stream.id.clone())),
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(OperatorError::of_change(error)),
         };
         fault::point("update: stored, not known");
-        self.refresh(stream).await?;
-        Ok(changed)
+        let Some(row) = changed else {
+            self.refresh(stream).await?;
+            return Ok(false);
+        };
+        // It holds from here on, whatever becomes of reading the rest anew.
+        stream.know_row(row);
+        if let Err(error) = self.refresh(stream).await {
+            tracing::warn!(stream = %stream.id, %error, "a stream that was changed could not be read anew yet");
+        }
+        Ok(true)
     }
 
     /// Stores writes with the keys that they need and as many as are to wait, in one transaction. Returns how many
@@ -392,14 +432,17 @@ impl Core {
         let ops = std::iter::once(WriteOp::PutKeys(drafts)).chain(ops);
         let writes: Vec<_> = ops.map(|op| Write { stream: stream.id.clone(), op }).collect();
         fault::point("operate: decided, not stored");
-        let (applied, revs) = self.store.apply(&writes).await?;
+        let (applied, revs) = self.store.apply(&writes).await.map_err(OperatorError::of_change)?;
         fault::point("operate: stored, not known");
         let mut changed = Vec::new();
         for (write, applied) in writes.iter().zip(applied) {
             match applied {
                 // Only `ensure_deks` stores these.
                 Applied::Dek(_) => {}
-                Applied::Keys(rows) => rows.iter().try_for_each(|row| self.take_key(stream, row))?,
+                Applied::Keys(rows) => {
+                    let taken = rows.iter().try_for_each(|row| self.take_key(stream, row));
+                    taken.map_err(OperatorError::behind_a_change)?;
+                }
                 Applied::Changed(count) => {
                     changed.push(count);
                     if count > 0 {
@@ -426,6 +469,7 @@ impl Core {
                 cdn_endpoints: row.cdn.endpoints.clone(),
                 cdn_sync_enabled: row.cdn.sync_enabled,
                 policy: row.policy.clone(),
+                request: row.request.clone(),
             },
             state: match row.state {
                 StoredState::Running => StreamState::Running,
@@ -453,6 +497,8 @@ impl Known {
             activated_by: key.life.activated_by.clone(),
             deactivated_at: key.life.deactivated_at,
             compromised_at: key.life.compromised_at,
+            revoked_by: key.life.revoked_by.clone(),
+            revoked_for: key.life.revoked_for.clone(),
             destroyed_at: key.life.destroyed_at,
         })
     }
@@ -486,6 +532,11 @@ impl Known {
     }
 }
 
+/// What was stored a moment ago is not there any more: another node went on meanwhile.
+fn not_known() -> OperatorError {
+    OperatorError::behind_a_change("another node has changed it since")
+}
+
 fn key_info(row: &KeyRow) -> KeyInfo {
     KeyInfo {
         id: row.id,
@@ -498,18 +549,8 @@ fn key_info(row: &KeyRow) -> KeyInfo {
         activated_by: row.life.activated_by.clone(),
         deactivated_at: row.life.deactivated_at,
         compromised_at: row.life.compromised_at,
+        revoked_by: row.life.revoked_by.clone(),
+        revoked_for: row.life.revoked_for.clone(),
         destroyed_at: row.life.destroyed_at,
     }
-}
-
-/// The first field in which a stream that is there differs from what is asked for.
-pub(super) fn differing_field(spec: &StreamSpec, there: &StreamRow) -> Option<&'static str> {
-    let differences = [
-        ("playlistUrl", spec.playlist_url != there.playlist_url || spec.origin != there.origin),
-        ("pathPrefix", spec.prefix != there.prefix),
-        ("cdnEndpoints", spec.cdn_endpoints != there.cdn.endpoints),
-        ("config.cdnSyncEnabled", spec.cdn_sync_enabled != there.cdn.sync_enabled),
-        ("config", spec.policy != there.policy),
-    ];
-    differences.into_iter().find(|(_, differs)| *differs).map(|(field, _)| field)
 }

@@ -21,6 +21,9 @@ pub struct StreamSpec {
     pub cdn_endpoints: Vec<String>,
     pub cdn_sync_enabled: bool,
     pub policy: Policy,
+    /// The call that asks for it, in the caller's names and with what it left out left out: the same call again is
+    /// the same stream, whatever was filled in meanwhile. None for one of the configuration.
+    pub request: Option<serde_json::Value>,
 }
 
 /// Whether a stream is served.
@@ -59,6 +62,9 @@ pub struct KeyInfo {
     pub activated_by: Option<String>,
     pub deactivated_at: Option<Timestamp>,
     pub compromised_at: Option<Timestamp>,
+    /// Who revoked it, and the reason that was given.
+    pub revoked_by: Option<String>,
+    pub revoked_for: Option<String>,
     pub destroyed_at: Option<Timestamp>,
 }
 
@@ -125,7 +131,7 @@ pub enum OperatorError {
     #[error("there is no stream {0}")]
     NoStream(StreamId),
     #[error("stream {id} exists with another {field}; update it, or delete it first")]
-    Differs { id: StreamId, field: &'static str },
+    Differs { id: StreamId, field: String },
     #[error("the path prefix {prefix:?} at origin {origin:?} belongs to stream {owner}")]
     PrefixTaken { prefix: String, origin: String, owner: StreamId },
     #[error("stream {0} is declared in the configuration of this node: change it there")]
@@ -143,4 +149,7 @@ pub enum OperatorError {
     /// The store or the KMS failed: for the log; the caller is told that it was not done.
     #[error("{0}")]
     Failed(String),
+    /// The store failed in the moment of storing, or behind it: for the log; the caller is told to look.
+    #[error("{0}")]
+    Unknown(String),
 }

@@ -175,6 +175,17 @@ impl Known {
         Some(Marks { head: *head, forced: forced.map_or(Ordinal::FIRST, |(ordinal, _)| *ordinal) })
     }
 
+    /// Why a boundary names a key that is not promoted yet: what made the boundary was interrupted before that. Where
+    /// none does, it is the stream's first key.
+    pub(super) fn reason_of_boundary(&self, ordinal: Ordinal) -> Reason {
+        let schedules = self.renditions.values().map(|own| own.schedule.boundaries());
+        // A key that is first named where numbers begin was not asked for by a count.
+        let by_count = |boundaries: &[Boundary]| {
+            boundaries.windows(2).any(|pair| pair[1].ordinal == ordinal && pair[0].epoch == pair[1].epoch)
+        };
+        if schedules.into_iter().any(by_count) { Reason::Count } else { Reason::Start }
+    }
+
     /// The newest DEK.
     pub(super) fn dek(&self) -> Option<&Dek> {
         self.deks.values().next_back()
@@ -257,6 +268,14 @@ impl Stream {
             }),
             changing: Arc::default(),
         }
+    }
+
+    /// Takes the row in that a change has left in the store. The revision stays: what else came with it is still to
+    /// be read.
+    pub(super) fn know_row(&self, row: StreamRow) {
+        let mut known = self.known.write();
+        self.serving.store(row.state == StreamState::Running, Ordering::Release);
+        known.row = StreamRow { rev: known.row.rev, ..row };
     }
 
     /// Whether it is served: not stopped, not deleted.

@@ -99,7 +99,7 @@ impl Core {
                     continue;
                 }
                 KeyOp::Promote { ordinal, forced, reason } => {
-                    let why = if forced { Reason::Promotion } else { Reason::Start };
+                    let why = if forced { Reason::Promotion } else { known.reason_of_boundary(ordinal) };
                     (WriteOp::Promote { upto: ordinal, reason: why, actor: None, at: now }, reason)
                 }
                 KeyOp::Force { ordinal, reason } => (WriteOp::Force { ordinal }, reason),
@@ -209,16 +209,18 @@ impl Core {
                 }
                 tracing::info!(stream = %id, %ordinal, reason, "key deactivated");
             }
-            WriteOp::Revoke { ordinals, successor, at, transition_until, .. } => {
+            WriteOp::Revoke { ordinals, successor, reason, actor, at, transition_until } => {
                 let (successor, transition_until) = (*successor, *transition_until);
                 for ordinal in ordinals {
                     let Some(key) = known.keys.get_mut(ordinal) else { continue };
                     key.life.state = KeyState::Compromised;
                     key.life.compromised_at = Some(*at);
+                    key.life.revoked_by = Some(actor.clone());
+                    key.life.revoked_for = Some(reason.clone());
                     key.life.successor = Some(successor);
                     key.life.transition_until = Some(transition_until);
                     key.live.revoke(Revoked { successor, transition_until });
-                    tracing::warn!(stream = %id, %ordinal, key = %key.live.id, "key revoked");
+                    tracing::warn!(stream = %id, %ordinal, key = %key.live.id, actor, reason, "key revoked");
                 }
             }
             WriteOp::Destroy { ordinal, .. } => {

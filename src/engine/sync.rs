@@ -4,6 +4,7 @@
 //! served goes into the store every few seconds, because the node that sweeps must not let a key go that a
 //! playlist of another one still names.
 
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -26,16 +27,67 @@ const NEWS_PAUSE: Duration = Duration::from_millis(50);
 const FORGET_AFTER: Duration = Duration::from_secs(7 * 86_400);
 /// How often that is looked after.
 const HOUSEKEEPING: Duration = Duration::from_secs(600);
+/// Streams that could not be taken in are tried again after this time, and then after twice as long each time.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+const RETRY_AFTER_AT_MOST: Duration = Duration::from_secs(60);
+/// How many are tried again. The others are taken in when they change, or at the next start.
+const MAX_RETRIES: usize = 10_000;
 
 /// How far the store was read.
 #[derive(Debug, Default)]
 pub(super) struct Cursors {
-    changes: i64,
+    pub(super) changes: i64,
+    pub(super) retries: Retries,
     reports: i64,
     /// When reports were last read, and whether some node owed one.
     reports_read: Option<(Instant, bool)>,
-    told_keys: std::collections::HashMap<KeyId, Timestamp>,
+    told_keys: HashMap<KeyId, Timestamp>,
     housekept: Option<Instant>,
+}
+
+/// Streams that changed and could not be taken in, such as one whose data encryption key this node cannot unwrap. The
+/// store is read on without them: one that is damaged must not have all that changed since read again and again.
+#[derive(Debug, Default)]
+pub(super) struct Retries(HashMap<StreamId, Retry>);
+
+#[derive(Debug, Clone, Copy)]
+struct Retry {
+    /// The revision that could not be taken in; another one is tried at once.
+    rev: i64,
+    at: Instant,
+    pause: Duration,
+}
+
+impl Retries {
+    /// Whether a revision is one that could not be taken in, and is to be left alone for now.
+    fn is_put_off(&self, id: &StreamId, rev: i64, now: Instant) -> bool {
+        self.0.get(id).is_some_and(|retry| retry.rev == rev && now < retry.at)
+    }
+
+    /// Those whose time has come, with the revision of each.
+    fn due(&self, now: Instant) -> Vec<(StreamId, i64)> {
+        let due = self.0.iter().filter(|(_, retry)| retry.at <= now);
+        due.map(|(id, retry)| (id.clone(), retry.rev)).collect()
+    }
+
+    /// Notes that one could not be taken in; `false` when there is no room for it.
+    fn put_off(&mut self, id: &StreamId, rev: i64, now: Instant) -> bool {
+        let before = self.0.get(id).filter(|before| before.rev == rev);
+        let pause = before.map_or(RETRY_AFTER, |before| (before.pause * 2).min(RETRY_AFTER_AT_MOST));
+        if !self.0.contains_key(id) && self.0.len() >= MAX_RETRIES {
+            return false;
+        }
+        self.0.insert(id.clone(), Retry { rev, at: now + pause, pause });
+        true
+    }
+
+    fn forget(&mut self, id: &StreamId) {
+        self.0.remove(id);
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
 }
 
 impl Core {
@@ -53,6 +105,8 @@ impl Core {
                     Ok(()) => loaded += 1,
                     Err(error) => {
                         tracing::error!(stream = %stored.stream.id, %error, "the stream could not be loaded");
+                        let retries = &mut self.cursors.lock().retries;
+                        retries.put_off(&stored.stream.id, stored.stream.rev, Instant::now());
                         failed.get_or_insert(error);
                     }
                 }
@@ -125,27 +179,54 @@ impl Core {
     pub(super) async fn sync(&self) -> Result<(), WorkerError> {
         let since = self.cursors.lock().changes;
         let changes = self.store.changes(since).await?;
-        let is_new = |(id, rev): &(StreamId, i64)| {
+        let now = Instant::now();
+        let is_new = |id: &StreamId, rev: i64| {
             let known = self.shared.directory.read().get(id).map(|stream| stream.known.read().row.rev);
-            known.is_none_or(|known| known < *rev)
+            known.is_none_or(|known| known < rev)
         };
-        let mut changed: Vec<_> = changes.streams.into_iter().filter(is_new).map(|(id, _)| id).collect();
-        changed.sort();
+        let changed: BTreeMap<StreamId, i64> = {
+            let retries = &self.cursors.lock().retries;
+            let new = changes.streams.into_iter().filter(|(id, rev)| is_new(id, *rev));
+            // A retry has the revision of its failure, a change the newest: it goes over that.
+            let due = retries.due(now).into_iter().chain(new);
+            due.filter(|(id, rev)| !retries.is_put_off(id, *rev, now)).collect()
+        };
+        let ids: Vec<_> = changed.keys().cloned().collect();
         let mut failed = None;
-        for ids in changed.chunks(LOAD_AT_ONCE as usize) {
-            if let Err(error) = self.reload(ids).await {
+        for ids in ids.chunks(LOAD_AT_ONCE as usize) {
+            let outcomes = match self.reload_each(ids).await {
+                Ok(outcomes) => outcomes,
+                Err(error) if error.is_away() || error.is_busy() => return Err(error.into()),
+                // A row that this version cannot read; which, only reading each by itself says.
+                Err(_) => {
+                    let mut outcomes = Vec::new();
+                    for id in ids {
+                        match self.reload_each(std::slice::from_ref(id)).await {
+                            Ok(outcome) => outcomes.extend(outcome),
+                            Err(error) if error.is_away() || error.is_busy() => return Err(error.into()),
+                            Err(error) => outcomes.push((id.clone(), error.into())),
+                        }
+                    }
+                    outcomes
+                }
+            };
+            let mut cursors = self.cursors.lock();
+            let is_taken_in = |id: &&StreamId| outcomes.iter().all(|(failed, _)| failed != *id);
+            ids.iter().filter(is_taken_in).for_each(|id| cursors.retries.forget(id));
+            for (id, error) in outcomes {
+                let rev = changed.get(&id).copied().unwrap_or_default();
+                if !cursors.retries.put_off(&id, rev, now) {
+                    tracing::error!(stream = %id, "too many streams could not be taken in: this one is not tried again");
+                }
                 failed.get_or_insert(error);
             }
         }
-        match failed {
-            Some(error) => Err(error),
-            None => {
-                // Even if it is earlier than before: then the database's clock was set back, as by a failover, and
-                // what changes now bears the earlier times.
-                self.cursors.lock().changes = changes.next;
-                Ok(())
-            }
-        }
+        let mut cursors = self.cursors.lock();
+        self.shared.metrics.streams_put_off.set(i64::try_from(cursors.retries.len()).unwrap_or(i64::MAX));
+        // Even if it is earlier than before: then the database's clock was set back, as by a failover, and what
+        // changes now bears the earlier times. And whatever could not be taken in: that is tried again by itself.
+        cursors.changes = changes.next;
+        failed.map_or(Ok(()), Err)
     }
 
     /// Reads streams anew, known or not. `ids` are in their order.
@@ -153,6 +234,11 @@ impl Core {
     /// # Errors
     /// The first of those that could not be taken in; the others were.
     pub(super) async fn reload(&self, ids: &[StreamId]) -> Result<(), WorkerError> {
+        self.reload_each(ids).await?.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
+    }
+
+    /// As [`Self::reload`], with each that could not be taken in and why.
+    async fn reload_each(&self, ids: &[StreamId]) -> Result<Vec<(StreamId, WorkerError)>, StoreError> {
         // One at a time: two must not take the same new stream in.
         let _loading = self.loading.lock().await;
         let known: Vec<_> = {
@@ -164,14 +250,14 @@ impl Core {
         for stream in &known {
             changing.push(stream.changing.lock().await);
         }
-        let mut failed = None;
+        let mut failed = Vec::new();
         for stored in self.store.load(ids).await? {
             if let Err(error) = self.take_in(&stored) {
                 tracing::error!(stream = %stored.stream.id, %error, "the stream could not be taken in");
-                failed.get_or_insert(error);
+                failed.push((stored.stream.id.clone(), error));
             }
         }
-        failed.map_or(Ok(()), Err)
+        Ok(failed)
     }
 
     /// Reads a stream anew. Whoever calls it holds `changing`.
@@ -290,5 +376,36 @@ impl Core {
         }
         self.cursors.lock().housekept = Some(Instant::now());
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_could_not_be_taken_in_is_tried_again_later_and_later() {
+        let (start, id) = (Instant::now(), "ch1".parse::<StreamId>().unwrap());
+        let after = |secs| start + Duration::from_secs(secs);
+        let mut retries = Retries::default();
+        assert!(retries.put_off(&id, 7, start));
+        assert!(retries.is_put_off(&id, 7, start) && retries.due(start).is_empty());
+        assert!(!retries.is_put_off(&id, 8, start), "a newer revision may be another matter");
+        assert_eq!(retries.due(after(1)), [(id.clone(), 7)]);
+        assert!(retries.put_off(&id, 7, after(1)));
+        assert!(retries.due(after(2)).is_empty());
+        assert_eq!(retries.due(after(3)), [(id.clone(), 7)]);
+        for _ in 0..20 {
+            retries.put_off(&id, 7, after(3));
+        }
+        assert_eq!(retries.due(after(63)).len(), 1, "a minute at most");
+        retries.put_off(&id, 8, after(63));
+        assert_eq!(retries.due(after(64)), [(id.clone(), 8)], "a new failure begins anew");
+        retries.forget(&id);
+        assert_eq!(retries.len(), 0);
+        for n in 0..=MAX_RETRIES {
+            let id = format!("ch{n}").parse().unwrap();
+            assert_eq!(retries.put_off(&id, 1, start), n < MAX_RETRIES);
+        }
     }
 }

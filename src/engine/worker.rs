@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use thiserror::Error;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
@@ -23,10 +23,13 @@ use super::{Extend, Operator, Shared, StreamSpec, WorkerSeat};
 use crate::fault;
 use crate::keys::{EnvelopeError, KeyId, Ordinal, REPORT_INTERVAL, Reason, SecretError, StreamId, Timestamp};
 use crate::kms::{LocalKms, MasterKeyError};
-use crate::store::{Applied, Store, StoreError, Write, WriteOp};
+use crate::store::{Applied, Lease, Store, StoreError, Write, WriteOp};
 
 /// Streams that are loaded by one set of queries.
 pub(super) const LOAD_AT_ONCE: u32 = 200;
+
+/// A lease is asked for this long after it should have run out: the store counts in milliseconds.
+const LEASE_MARGIN: Duration = Duration::from_millis(5);
 
 /// Why the worker could not do its work.
 #[derive(Debug, Error)]
@@ -89,6 +92,9 @@ pub(super) struct Core {
     store_away: AtomicBool,
     /// Something was decided without the store that it does not have yet.
     pub(super) decided_alone: AtomicBool,
+    /// A turn for each schedule that is being extended: thousands that are to be at once wait for it in memory, in
+    /// their order and at most [`super::QUEUE_LEN`], and not for a connection, which they would give up.
+    pub(super) turns: Semaphore,
     /// Held while streams are read from the store.
     pub(super) loading: tokio::sync::Mutex<()>,
     /// Until when this node may sweep.
@@ -117,6 +123,7 @@ impl Worker {
         }
         let core = Core {
             shared,
+            turns: Semaphore::new(store.writers()),
             store,
             kms,
             fleet,
@@ -231,23 +238,33 @@ impl Core {
         self.shared.status.write().store_up = is_up;
     }
 
+    /// Notes that the store is away, if that is what an error says.
+    pub(super) fn note_if_away(&self, error: &StoreError) {
+        if error.is_away() {
+            self.note_store(false);
+        }
+    }
+
     pub(super) fn holds_lease(&self) -> bool {
         self.lease_until.lock().is_some_and(|until| Instant::now() < until)
     }
 
     /// Holds the lease on sweeping, or waits for it.
     async fn keep_the_lease(self: Arc<Self>) {
-        let mut ticks = tokio::time::interval(self.fleet.lease / 4);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let interval = self.fleet.lease / 4;
         loop {
-            ticks.tick().await;
+            let mut again_in = interval;
             // Counted from before the question: the store's own count cannot have begun earlier.
             let until = Instant::now() + self.fleet.lease;
             let held = self.store.hold_lease("sweep", &self.fleet.node, self.fleet.lease).await;
             let held_before = self.holds_lease();
             match held {
-                Ok(true) => *self.lease_until.lock() = Some(until),
-                Ok(false) => *self.lease_until.lock() = None,
+                Ok(Lease::Held) => *self.lease_until.lock() = Some(until),
+                Ok(Lease::Taken { expires_in }) => {
+                    *self.lease_until.lock() = None;
+                    // In the moment in which it runs out, unless it is renewed or given up before.
+                    again_in = interval.min(expires_in + LEASE_MARGIN);
+                }
                 // What is held lasts until it runs out.
                 Err(error) => tracing::debug!(%error, "the lease could not be renewed"),
             }
@@ -256,6 +273,7 @@ impl Core {
                 tracing::info!(node = self.fleet.node, holds, "the lease on sweeping has moved");
             }
             self.shared.metrics.lease_held.set(i64::from(holds));
+            tokio::time::sleep(again_in).await;
         }
     }
 

@@ -1,4 +1,5 @@
-//! Arbitrary histories of a stream: playlists in any order, time, operators, crashes in the middle of a sweep.
+//! Arbitrary histories of a stream: playlists in any order, live, ended and recorded, time, operators, changes of its
+//! rules, crashes in the middle of a sweep.
 //!
 //! The model does what the engine does with a plan and with a sweep's operations, in the same order, and after
 //! every step asks what must always hold.
@@ -12,6 +13,8 @@ use super::*;
 
 const SEGMENT: Duration = Duration::from_secs(2);
 const SHOWN: u64 = 6;
+/// Two that slide, a recording from which nothing is removed, and a VOD.
+const RENDITIONS: usize = 4;
 
 fn policy() -> Policy {
     Policy {
@@ -55,22 +58,53 @@ enum Step {
         done: usize,
     },
     Rotate,
+    /// All keys in use.
     Revoke,
+    /// One key, in use or waiting.
+    RevokeOne {
+        nth: usize,
+    },
+    /// A rendition's origin appends nothing any more.
+    End {
+        rendition: usize,
+    },
+    /// The stream is deleted, and begins anew with the next sweep.
+    Delete,
+    /// An operator changes the rules.
+    Change(Policy),
+}
+
+fn changed_policy() -> impl Strategy<Value = Policy> {
+    let interval = prop_oneof![Just(None), (5..120_u64).prop_map(|secs| Some(Duration::from_secs(secs)))];
+    (interval, 1..9_u32, 1..5_u32, 0..4_u32, 0..60_u64).prop_map(
+        |(rotation_interval, segments_per_key, pre_generate_keys, lead_segments, grace_secs)| Policy {
+            rotation_interval,
+            segments_per_key,
+            pre_generate_keys,
+            lead_segments,
+            grace_period: Duration::from_secs(grace_secs),
+            ..policy()
+        },
+    )
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let rendition = 0..3_usize;
+    let rendition = 0..RENDITIONS;
     prop_oneof![
         8 => (rendition.clone(), 0..9_u64).prop_map(|(rendition, advance)| Step::Fetch { rendition, advance }),
         2 => (rendition.clone(), 1..3_u64).prop_map(|(rendition, behind)| Step::FetchLagging { rendition, behind }),
         1 => rendition.clone().prop_map(|rendition| Step::Reset { rendition }),
-        1 => (rendition, 0..9_u64)
+        1 => (rendition.clone(), 0..9_u64)
             .prop_map(|(rendition, advance)| Step::KilledBeforePromotion { rendition, advance }),
         4 => (1..120_u64).prop_map(|secs| Step::Wait { secs }),
         5 => Just(Step::Sweep),
         2 => (0..6_usize).prop_map(|done| Step::KilledInSweep { done }),
         1 => Just(Step::Rotate),
         1 => Just(Step::Revoke),
+        1 => (0..8_usize).prop_map(|nth| Step::RevokeOne { nth }),
+        1 => rendition.prop_map(|rendition| Step::End { rendition }),
+        1 => Just(Step::Delete),
+        1 => changed_policy().prop_map(Step::Change),
     ]
 }
 
@@ -81,6 +115,9 @@ struct Rendition {
     /// Where the origin's window begins.
     first: u64,
     keeps_all: bool,
+    /// Whether the origin has ended it, and whether the newest window that was seen said so.
+    ended: bool,
+    seen_ended: bool,
     last_served_at: Option<Timestamp>,
     longest: Duration,
 }
@@ -88,6 +125,8 @@ struct Rendition {
 /// A playlist that somebody may hold.
 #[derive(Debug, Clone, PartialEq)]
 struct Held {
+    served_at: Timestamp,
+    length: Duration,
     until: Timestamp,
     rendition: usize,
     epoch: u32,
@@ -98,6 +137,7 @@ struct Held {
 #[derive(Debug, Clone, PartialEq)]
 struct Model {
     now: Timestamp,
+    policy: Policy,
     keys: BTreeMap<Ordinal, KeyFacts>,
     next: Ordinal,
     renditions: Vec<Rendition>,
@@ -107,12 +147,14 @@ struct Model {
 impl Model {
     fn new() -> Self {
         let event = Rendition { keeps_all: true, ..Rendition::default() };
+        let vod = Rendition { first: 17, ended: true, ..event.clone() };
+        let channel = Rendition::default();
         Self {
             now: Timestamp::from_unix_millis(1_000_000_000),
+            policy: policy(),
             keys: BTreeMap::new(),
             next: Ordinal::FIRST,
-            // Two that slide, and a recording from which nothing is removed.
-            renditions: vec![Rendition::default(), Rendition { first: 40, ..Rendition::default() }, event],
+            renditions: vec![channel.clone(), Rendition { first: 40, ..channel }, event, vod],
             held: Vec::new(),
         }
     }
@@ -122,7 +164,7 @@ impl Model {
             Some(RenditionFacts {
                 lowest_in_use: r.schedule.ordinal_at(r.edge?.first)?,
                 current: r.schedule.last()?.ordinal,
-                ended: false,
+                ended: r.seen_ended,
                 keeps_all: r.keeps_all,
                 last_served_at: r.last_served_at?,
                 longest_playlist: r.longest,
@@ -199,7 +241,7 @@ impl Model {
     }
 
     fn sweep(&self) -> Vec<KeyOp> {
-        sweep(&self.facts(), &policy(), self.now)
+        sweep(&self.facts(), &self.policy, self.now)
     }
 
     fn swept(&self, ops: &[KeyOp]) -> Self {
@@ -217,7 +259,7 @@ impl Model {
     }
 
     fn fetch(&mut self, at: usize, first: u64, promotes: bool) {
-        let policy = policy();
+        let policy = self.policy.clone();
         if self.marks().is_none() {
             // The stream has no keys yet: the shield answers that it is not ready.
             return;
@@ -228,10 +270,12 @@ impl Model {
         let window = PlaylistWindow {
             first: MediaSequenceNumber(begin),
             end: MediaSequenceNumber(end),
-            ended: false,
+            // A replica that lags does not know yet.
+            ended: own.ended && first == own.first,
             keeps_all: own.keeps_all,
         };
-        let siblings: Vec<_> = (0..3).filter(|n| *n != at).map(|n| &self.renditions[n].schedule).collect();
+        let siblings: Vec<_> =
+            (0..RENDITIONS).filter(|n| *n != at).map(|n| &self.renditions[n].schedule).collect();
         let is_idle = self
             .facts()
             .renditions
@@ -258,6 +302,7 @@ impl Model {
         own.schedule = own.schedule.extended(&boundaries);
         if own.edge.is_none_or(|edge| window.end >= edge.end || edge.jumps_back_to(&window)) {
             own.edge = Some(Edge { first: window.first, end: window.end });
+            own.seen_ended = window.ended;
         }
         own.last_served_at.get_or_insert(self.now);
         if !promotes {
@@ -271,7 +316,7 @@ impl Model {
 
     /// Which renditions `facts` has, in its order.
     fn seen(&self) -> Vec<usize> {
-        (0..3).filter(|n| self.renditions[*n].edge.is_some()).collect()
+        (0..RENDITIONS).filter(|n| self.renditions[*n].edge.is_some()).collect()
     }
 
     fn publish(&mut self, at: usize, begin: u64, end: u64) {
@@ -281,8 +326,8 @@ impl Model {
         own.last_served_at = Some(now);
         own.longest = own.longest.max(length);
         let (schedule, epoch) = (own.schedule.clone(), own.schedule.last().unwrap().epoch);
-        let until = now.plus(policy().retention(length));
-        let mut held = Held { until, rendition: at, epoch, segments: Vec::new() };
+        let until = now.plus(self.policy.retention(length));
+        let mut held = Held { served_at: now, length, until, rendition: at, epoch, segments: Vec::new() };
         for msn in begin..end {
             let ordinal = schedule.ordinal_at(MediaSequenceNumber(msn)).expect("exactly one current ordinal");
             let cipher = self.in_place_of(ordinal);
@@ -316,17 +361,12 @@ impl Model {
         })
     }
 
-    fn revoke(&mut self) {
-        let Some(marks) = self.marks() else { return };
-        let successor = self.facts().after(marks.head);
+    fn revoke(&mut self, ordinals: &[Ordinal]) {
+        let (Some(marks), false) = (self.marks(), ordinals.is_empty()) else { return };
+        let highest = ordinals.iter().copied().fold(marks.head, Ordinal::max);
+        let successor = self.facts().after(highest);
         self.make_up_to(successor);
-        let in_use: Vec<_> = self
-            .keys
-            .values()
-            .filter(|key| matches!(key.state, KeyState::Active | KeyState::Deactivated))
-            .map(|key| key.ordinal)
-            .collect();
-        for ordinal in in_use {
+        for &ordinal in ordinals {
             assert!(self.transit(ordinal, KeyState::Compromised));
             let now = self.now;
             let key = self.keys.get_mut(&ordinal).unwrap();
@@ -338,7 +378,7 @@ impl Model {
     fn step(&mut self, step: &Step) {
         match *step {
             Step::Fetch { rendition, advance } => {
-                self.renditions[rendition].first += advance;
+                self.advance(rendition, advance);
                 let first = self.renditions[rendition].first;
                 self.fetch(rendition, first, true);
             }
@@ -349,12 +389,13 @@ impl Model {
             Step::Reset { rendition } => {
                 if !self.renditions[rendition].keeps_all {
                     self.renditions[rendition].first = 0;
+                    self.renditions[rendition].ended = false;
                 }
                 let first = self.renditions[rendition].first;
                 self.fetch(rendition, first, true);
             }
             Step::KilledBeforePromotion { rendition, advance } => {
-                self.renditions[rendition].first += advance;
+                self.advance(rendition, advance);
                 let first = self.renditions[rendition].first;
                 self.fetch(rendition, first, false);
             }
@@ -371,8 +412,49 @@ impl Model {
                 self.make_up_to(next);
                 self.promote(next, true);
             }
-            Step::Revoke => self.revoke(),
+            Step::Revoke => {
+                let in_use = |key: &&KeyFacts| matches!(key.state, KeyState::Active | KeyState::Deactivated);
+                let in_use: Vec<_> = self.keys.values().filter(in_use).map(|key| key.ordinal).collect();
+                self.revoke(&in_use);
+            }
+            Step::RevokeOne { nth } => {
+                let may_be = |key: &&KeyFacts| key.state.transition_to(KeyState::Compromised).is_some();
+                let one = self.keys.values().filter(may_be).map(|key| key.ordinal).nth(nth);
+                self.revoke(one.as_slice());
+            }
+            Step::End { rendition } => {
+                self.renditions[rendition].ended = true;
+                let first = self.renditions[rendition].first;
+                self.fetch(rendition, first, true);
+            }
+            Step::Delete => self.delete(),
+            Step::Change(ref policy) => self.change(policy),
         }
+    }
+
+    fn advance(&mut self, at: usize, advance: u64) {
+        let own = &mut self.renditions[at];
+        own.first += if own.ended { 0 } else { advance };
+    }
+
+    fn delete(&mut self) {
+        for ordinal in self.keys.keys().copied().collect::<Vec<_>>() {
+            assert!(self.transit(ordinal, KeyState::Destroyed));
+        }
+        self.keys.clear();
+        self.held.clear();
+        for own in &mut self.renditions {
+            let Rendition { first, keeps_all, ended, .. } = *own;
+            *own = Rendition { first, keeps_all, ended, ..Rendition::default() };
+        }
+    }
+
+    /// What is kept for how long follows the rules of now, for playlists too that were served before.
+    fn change(&mut self, policy: &Policy) {
+        self.policy = policy.clone();
+        let now = self.now;
+        self.held.iter_mut().for_each(|held| held.until = held.served_at.plus(policy.retention(held.length)));
+        self.held.retain(|held| held.until > now);
     }
 
     /// Sweeps, or is killed in between; either way the same must come out in the end.

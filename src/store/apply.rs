@@ -13,7 +13,7 @@ use sqlx::{AssertSqlSafe, Row};
 use super::StoreError;
 use super::dialect::{Dialect, both};
 use super::keys::{Applied, Write, WriteOp};
-use super::open::{Store, Tx, bounded, commit};
+use super::open::{Store, Tx, commit, repeated};
 use super::rows::{self, DekRow, KeyRow, parsed};
 use crate::fault;
 use crate::keys::{KeyState, Reason, StreamId, Timestamp};
@@ -28,7 +28,7 @@ impl Store {
         if writes.is_empty() {
             return Ok((Vec::new(), Vec::new()));
         }
-        bounded(async {
+        let done = repeated(|| async {
             let mut tx = self.begin().await?;
             let revs = self.touch_all(&mut tx, writes).await?;
             let mut applied = vec![Applied::Changed(0); writes.len()];
@@ -41,7 +41,12 @@ impl Store {
             commit(tx, "apply: before the commit", "apply: committed").await?;
             Ok((applied, revs))
         })
-        .await
+        .await;
+        let destroys = |write: &Write| matches!(write.op, WriteOp::Destroy { .. });
+        if done.is_ok() && writes.iter().any(destroys) {
+            self.empty_the_log().await;
+        }
+        done
     }
 
     /// As [`Store::touch`], for those streams of the writes that are there.

@@ -41,6 +41,19 @@ impl Dialect {
         }
     }
 
+    /// Locks the keys that stand in the JSON list `$1` by stream and ordinal in one order, where a writer does not lock
+    /// everything.
+    pub(super) fn lock_keys(self) -> Option<String> {
+        let rows = self.rows(&[("stream", "text"), ("n", "bigint")]);
+        let sql = || {
+            format!(
+                "SELECT k.id FROM content_keys AS k JOIN {rows} ON k.stream_id = r.stream AND k.ordinal = r.n
+                 ORDER BY k.stream_id, k.ordinal FOR NO KEY UPDATE OF k"
+            )
+        };
+        (self == Dialect::Postgres).then(sql)
+    }
+
     /// Locks the streams of the JSON list `$1` in the order of their IDs, where a writer does not lock everything.
     pub(super) fn lock_streams(self) -> Option<&'static str> {
         match self {

@@ -1,4 +1,6 @@
 //! What makes several nodes one shield: leases, who is up, and hearing of changes.
+//!
+//! All of it has connections of its own: that a node has much to store must not look like a store that is away.
 
 use std::time::Duration;
 
@@ -21,6 +23,16 @@ pub struct Changes {
     /// With the revision of each. May name one again that is known already.
     pub streams: Vec<(StreamId, i64)>,
     pub next: i64,
+}
+
+/// What [`Store::hold_lease`] came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lease {
+    Held,
+    /// Another has it, and for so long unless it renews it.
+    Taken {
+        expires_in: Duration,
+    },
 }
 
 /// Wakes when something may have changed.
@@ -52,7 +64,7 @@ impl Store {
     /// The database's own time, in milliseconds since 1970.
     pub(super) async fn now_db(&self) -> Result<i64, StoreError> {
         let sql = both!(self.dialect, "SELECT " now " AS now_db");
-        Ok(sqlx::query(sql).fetch_one(&self.pool).await?.try_get("now_db")?)
+        Ok(sqlx::query(sql).fetch_one(&mut *self.vital().await?).await?.try_get("now_db")?)
     }
 
     /// The streams that changed since `since`, which is 0 or an earlier answer's `next`.
@@ -60,7 +72,7 @@ impl Store {
         bounded(async {
             let now = self.now_db().await?;
             let sql = "SELECT id, rev FROM streams WHERE changed_at_db >= $1";
-            let rows = sqlx::query(sql).bind(since).fetch_all(&self.pool).await?;
+            let rows = sqlx::query(sql).bind(since).fetch_all(&mut *self.vital().await?).await?;
             let read = |row| Ok::<_, StoreError>((super::rows::parsed(row, "id")?, row.try_get("rev")?));
             Ok(Changes {
                 streams: rows.iter().map(read).collect::<Result<_, _>>()?,
@@ -85,8 +97,8 @@ impl Store {
         }
     }
 
-    /// Takes a lease, or holds it for longer; `false` when another has it.
-    pub async fn hold_lease(&self, name: &str, holder: &str, length: Duration) -> Result<bool, StoreError> {
+    /// Takes a lease, or holds it for longer, unless another has it.
+    pub async fn hold_lease(&self, name: &str, holder: &str, length: Duration) -> Result<Lease, StoreError> {
         bounded(async {
             let sql = both!(
                 self.dialect,
@@ -96,9 +108,17 @@ impl Store {
             );
             let length = i64::try_from(length.as_millis()).unwrap_or(i64::MAX);
             fault::point("lease: before");
-            let held = sqlx::query(sql).bind(name).bind(holder).bind(length).execute(&self.pool).await?;
+            let mut connection = self.vital().await?;
+            let held = sqlx::query(sql).bind(name).bind(holder).bind(length).execute(&mut *connection).await?;
             fault::point("lease: held");
-            Ok(held.rows_affected() > 0)
+            if held.rows_affected() > 0 {
+                return Ok(Lease::Held);
+            }
+            let sql = both!(self.dialect, "SELECT expires_at_db - " now " AS millis FROM leases WHERE name = $1");
+            let row = sqlx::query(sql).bind(name).fetch_optional(&mut *connection).await?;
+            // It may have been given up in between.
+            let millis = row.map(|row| row.try_get::<i64, _>("millis")).transpose()?.unwrap_or_default();
+            Ok(Lease::Taken { expires_in: Duration::from_millis(u64::try_from(millis).unwrap_or_default()) })
         })
         .await
     }
@@ -112,7 +132,7 @@ impl Store {
                  ON CONFLICT (id) DO UPDATE SET seen_at_db = excluded.seen_at_db"
             );
             fault::point("beat: before");
-            sqlx::query(sql).bind(node).execute(&self.pool).await?;
+            sqlx::query(sql).bind(node).execute(&mut *self.vital().await?).await?;
             fault::point("beat: noted");
             Ok(())
         })
@@ -131,10 +151,11 @@ impl Store {
             let before = |age: Duration| now - i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
             let sql = "DELETE FROM nodes WHERE seen_at_db < $1";
             fault::point("dead nodes: before");
-            sqlx::query(sql).bind(before(dead_after)).execute(&self.pool).await?;
+            sqlx::query(sql).bind(before(dead_after)).execute(&mut *self.vital().await?).await?;
             fault::point("dead nodes: forgotten");
             let sql = "SELECT count(*) AS missing FROM nodes WHERE seen_at_db < $1";
-            let row = sqlx::query(sql).bind(before(silent_after)).fetch_one(&self.pool).await?;
+            let row =
+                sqlx::query(sql).bind(before(silent_after)).fetch_one(&mut *self.vital().await?).await?;
             Ok(row.try_get::<i64, _>("missing")? > 0)
         })
         .await
@@ -144,9 +165,15 @@ impl Store {
     pub async fn leave(&self, node: &str) -> Result<(), StoreError> {
         bounded(async {
             fault::point("leave: before");
-            sqlx::query("DELETE FROM nodes WHERE id = $1").bind(node).execute(&self.pool).await?;
+            sqlx::query("DELETE FROM nodes WHERE id = $1")
+                .bind(node)
+                .execute(&mut *self.vital().await?)
+                .await?;
             fault::point("leave: before the leases");
-            sqlx::query("DELETE FROM leases WHERE holder = $1").bind(node).execute(&self.pool).await?;
+            sqlx::query("DELETE FROM leases WHERE holder = $1")
+                .bind(node)
+                .execute(&mut *self.vital().await?)
+                .await?;
             fault::point("leave: left");
             Ok(())
         })
@@ -157,9 +184,9 @@ impl Store {
     pub async fn forget_nodes(&self) -> Result<(), StoreError> {
         bounded(async {
             fault::point("forget nodes: before");
-            sqlx::query("DELETE FROM nodes").execute(&self.pool).await?;
+            sqlx::query("DELETE FROM nodes").execute(&mut *self.vital().await?).await?;
             fault::point("forget nodes: before the leases");
-            sqlx::query("DELETE FROM leases").execute(&self.pool).await?;
+            sqlx::query("DELETE FROM leases").execute(&mut *self.vital().await?).await?;
             fault::point("forget nodes: forgotten");
             Ok(())
         })

@@ -14,7 +14,7 @@ mod rows;
 mod schedules;
 mod streams;
 
-pub use fleet::{Changes, News};
+pub use fleet::{Changes, Lease, News};
 pub use keys::{Applied, Write, WriteOp};
 pub use open::{Location, Store};
 pub use rows::{
@@ -34,6 +34,8 @@ pub enum StoreError {
     Migrate(#[from] sqlx::migrate::MigrateError),
     #[error("the database refused: {0}")]
     Query(#[from] sqlx::Error),
+    #[error("the database could not be reached within {0:?}")]
+    Unreachable(std::time::Duration),
     #[error("the database did not answer within {0:?}")]
     TimedOut(std::time::Duration),
     #[error("the database did not say whether it stored the change: {0}")]
@@ -44,6 +46,13 @@ pub enum StoreError {
     Unreadable { what: &'static str, value: String },
 }
 
+/// Whether a transaction was undone as a whole because another waited for it: PostgreSQL's deadlock, and what databases
+/// that speak its protocol call a serialization failure.
+fn is_undone(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(|error| error.code());
+    code.is_some_and(|code| ["40P01", "40001"].contains(&&*code))
+}
+
 impl StoreError {
     /// Whether the change may have been stored all the same.
     pub fn may_be_stored(&self) -> bool {
@@ -52,21 +61,34 @@ impl StoreError {
 
     /// Whether the database is out of reach, rather than at odds with what was asked.
     pub fn is_away(&self) -> bool {
-        use sqlx::Error::{Io, PoolClosed, PoolTimedOut, Protocol, Tls, WorkerCrashed};
+        use sqlx::Error::{Io, PoolClosed, Protocol, Tls, WorkerCrashed};
         match self {
-            StoreError::TimedOut(_) | StoreError::Unanswered(_) | StoreError::Open { .. } => true,
-            StoreError::Query(Io(_) | Tls(_) | Protocol(_) | PoolTimedOut | PoolClosed | WorkerCrashed) => {
-                true
-            }
+            StoreError::TimedOut(_)
+            | StoreError::Unanswered(_)
+            | StoreError::Unreachable(_)
+            | StoreError::Open { .. } => true,
+            StoreError::Query(Io(_) | Tls(_) | Protocol(_) | PoolClosed | WorkerCrashed) => true,
             // PostgreSQL's classes of a server that is starting, stopping, cutting connections off or not letting
-            // us in, and of one that only reads, as a standby does until it is promoted (appendix A); SQLite's
-            // "busy" and "locked".
+            // us in, and of one that only reads, as a standby does until it is promoted (appendix A).
             StoreError::Query(sqlx::Error::Database(error)) => error.code().is_some_and(|code| {
                 ["08", "28", "3D", "53", "57", "58"]
                     .iter()
                     .any(|class| code.len() == 5 && code.starts_with(class))
-                    || ["25006", "5", "6", "517"].contains(&&*code)
+                    || code == "25006"
             }),
+            _ => false,
+        }
+    }
+
+    /// Whether it would have had to wait for others for too long: for a connection, or for SQLite's one writer. Nothing
+    /// was stored.
+    pub fn is_busy(&self) -> bool {
+        match self {
+            StoreError::Query(sqlx::Error::PoolTimedOut) => true,
+            // SQLite's "busy" and "locked".
+            StoreError::Query(sqlx::Error::Database(error)) => {
+                error.code().is_some_and(|code| ["5", "6", "517"].contains(&&*code))
+            }
             _ => false,
         }
     }

@@ -4,10 +4,11 @@ use std::fmt;
 use std::future::Future;
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use sqlx::any::{Any, AnyConnectOptions, AnyPoolOptions};
+use sqlx::pool::PoolConnection;
 use sqlx::{AnyPool, Connection, Executor, Row, Transaction};
 
 use super::StoreError;
@@ -17,6 +18,11 @@ use crate::keys::StreamId;
 
 /// How long anything may take, so that a database that hangs is one that is away.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How often a transaction is tried that the database undoes for another's sake.
+const ATTEMPTS: u32 = 3;
+/// Connections that are kept for what tells whether the database is there, and who may sweep: however much is to be
+/// stored, it does not wait behind that.
+const VITAL_CONNECTIONS: u32 = 2;
 /// How long to wait for a connection.
 const ACQUIRE: Duration = Duration::from_secs(2);
 
@@ -58,6 +64,9 @@ impl fmt::Debug for Location {
 #[derive(Debug, Clone)]
 pub struct Store {
     pub(super) pool: AnyPool,
+    /// For `fleet` alone.
+    vital_pool: AnyPool,
+    writers: usize,
     pub(super) dialect: Dialect,
     pub(super) location: Location,
 }
@@ -65,7 +74,8 @@ pub struct Store {
 pub(super) type Tx = Transaction<'static, Any>;
 
 impl Store {
-    /// Opens the database and brings it to this version's schema.
+    /// Opens the database and brings it to this version's schema. It has at least three connections, whatever
+    /// `max_connections` says.
     ///
     /// # Errors
     /// [`StoreError::Open`] when it cannot be opened, [`StoreError::Migrate`] when its schema is newer than this
@@ -78,29 +88,32 @@ impl Store {
             Location::Postgres(url) => (Dialect::Postgres, url.clone()),
         };
         let options = AnyConnectOptions::from_str(&url).map_err(failed)?;
-        // `secure_delete`: what is deleted is overwritten on disk too, a destroyed key leaves no copy.
+        // `secure_delete`: what is deleted is overwritten on disk too; with `empty_the_log`, a destroyed key leaves no
+        // copy in the database's files.
         // `synchronous`: what a playlist has shown must survive the loss of power, not only of the process.
         let set_up = dialect.pick(
             "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;
              PRAGMA secure_delete = ON; PRAGMA busy_timeout = 4000;",
             "SET statement_timeout = '4s'; SET idle_in_transaction_session_timeout = '10s';",
         );
-        let pool = AnyPoolOptions::new()
-            .max_connections(max_connections)
-            .acquire_timeout(ACQUIRE)
-            .after_connect(move |connection, _| {
-                Box::pin(async move { connection.execute(set_up).await.map(|_| ()) })
-            })
-            // The pool itself waits without end for what was given up to be over, with the connection's place taken.
-            .after_release(|connection, _| {
-                Box::pin(async move {
-                    let answered = tokio::time::timeout(ACQUIRE, connection.ping()).await;
-                    answered.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map(|()| true)
+        let pool = |connections: u32| {
+            AnyPoolOptions::new()
+                .max_connections(connections)
+                .acquire_timeout(ACQUIRE)
+                .after_connect(move |connection, _| {
+                    Box::pin(async move { connection.execute(set_up).await.map(|_| ()) })
                 })
-            })
-            .connect_with(options)
-            .await
-            .map_err(failed)?;
+                // The pool itself waits without end for what was given up to be over, with the connection's place taken.
+                .after_release(|connection, _| {
+                    Box::pin(async move {
+                        let answered = tokio::time::timeout(ACQUIRE, connection.ping()).await;
+                        answered.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map(|()| true)
+                    })
+                })
+        };
+        let connections = max_connections.saturating_sub(VITAL_CONNECTIONS).max(1);
+        let vital_pool = pool(VITAL_CONNECTIONS).connect_lazy_with(options.clone());
+        let pool = pool(connections).connect_with(options).await.map_err(failed)?;
         let migrator = match dialect {
             Dialect::Sqlite => sqlx::migrate!("src/store/migrations/sqlite"),
             Dialect::Postgres => sqlx::migrate!("src/store/migrations/postgres"),
@@ -108,12 +121,56 @@ impl Store {
         fault::point("migrate: before");
         migrator.run(&pool).await?;
         fault::point("migrate: done");
-        Ok(Self { pool, dialect, location: location.clone() })
+        let writers = match dialect {
+            // It has one at a time, and those that wait for it do not queue up but try again and again.
+            Dialect::Sqlite => 1,
+            // One is left to whoever sweeps or operates.
+            Dialect::Postgres => connections.saturating_sub(1).max(1) as usize,
+        };
+        Ok(Self { pool, vital_pool, writers, dialect, location: location.clone() })
     }
 
     /// Waits until every connection is closed.
     pub async fn close(&self) {
         self.pool.close().await;
+        self.vital_pool.close().await;
+    }
+
+    /// How many transactions it is worth having under way at once: more would wait for a connection, and be given up.
+    pub fn writers(&self) -> usize {
+        self.writers
+    }
+
+    /// A connection that little else waits for: one that is not to be had means that the database is away.
+    pub(super) async fn vital(&self) -> Result<PoolConnection<Any>, StoreError> {
+        self.vital_pool.acquire().await.map_err(|error| match error {
+            sqlx::Error::PoolTimedOut => StoreError::Unreachable(ACQUIRE),
+            error => error.into(),
+        })
+    }
+
+    /// Empties SQLite's write-ahead log, in which what was overwritten in the database lives on as it was. A failure
+    /// takes nothing back that was done: the next one, or the end of the process, does it.
+    pub(super) async fn empty_the_log(&self) {
+        if self.dialect == Dialect::Postgres {
+            return;
+        }
+        let emptied = tokio::time::timeout(PATIENCE, async {
+            let row = sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").fetch_one(&self.pool).await?;
+            // Its first column: whether somebody was in the way.
+            Ok::<_, sqlx::Error>(row.try_get::<i64, _>(0)? == 0)
+        });
+        match emptied.await {
+            Ok(Ok(true)) => {}
+            Ok(Ok(false)) | Err(_) => {
+                tracing::warn!(
+                    "the database's -wal file is in use and keeps what was destroyed until the next time"
+                );
+            }
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "the database's -wal file keeps what was destroyed until the next time");
+            }
+        }
     }
 
     pub(super) async fn begin(&self) -> Result<Tx, StoreError> {
@@ -153,9 +210,36 @@ impl Store {
 /// Commits, with a place to be killed at before and behind.
 pub(super) async fn commit(tx: Tx, before: &'static str, behind: &'static str) -> Result<(), StoreError> {
     fault::point(before);
-    tx.commit().await.map_err(StoreError::Unanswered)?;
+    tx.commit().await.map_err(|error| match super::is_undone(&error) {
+        true => StoreError::Query(error),
+        false => StoreError::Unanswered(error),
+    })?;
     fault::point(behind);
     Ok(())
+}
+
+/// As [`bounded`], and once more where the database has undone the transaction for the sake of another that waited for
+/// it: as a whole, so that doing it again is doing it once.
+pub(super) async fn repeated<T, F>(work: impl Fn() -> F) -> Result<T, StoreError>
+where
+    F: Future<Output = Result<T, StoreError>>,
+{
+    bounded(async {
+        let started = Instant::now();
+        for _ in 1..ATTEMPTS {
+            match work().await {
+                Err(StoreError::Query(error)) if super::is_undone(&error) => {
+                    tracing::debug!(%error, "the database has undone a transaction for another's sake");
+                    // Not in step with the other one: what a wait took, to the microsecond, is as good as a die.
+                    let jitter = started.elapsed().subsec_micros() % 64;
+                    tokio::time::sleep(Duration::from_millis(5 + u64::from(jitter))).await;
+                }
+                done => return done,
+            }
+        }
+        work().await
+    })
+    .await
 }
 
 /// What takes longer than [`PATIENCE`] is given up.

@@ -48,6 +48,8 @@ pub struct StreamRow {
     pub prefix: String,
     pub cdn: CdnRow,
     pub policy: Policy,
+    /// The call that began it, by its own names; none where the configuration did.
+    pub request: Option<serde_json::Value>,
     pub state: StreamState,
     pub created_at: Timestamp,
     pub updated_at: Timestamp,
@@ -68,6 +70,7 @@ impl StreamRow {
             prefix: prefix.into(),
             cdn: CdnRow::default(),
             policy: Policy::default(),
+            request: None,
             state: StreamState::Running,
             created_at: at,
             updated_at: at,
@@ -121,6 +124,9 @@ pub struct KeyLife {
     pub forced: bool,
     pub deactivated_at: Option<Timestamp>,
     pub compromised_at: Option<Timestamp>,
+    /// Who revoked it, and the reason that was given.
+    pub revoked_by: Option<String>,
+    pub revoked_for: Option<String>,
     pub successor: Option<Ordinal>,
     pub transition_until: Option<Timestamp>,
     pub destroyed_at: Option<Timestamp>,
@@ -138,6 +144,8 @@ impl KeyLife {
             forced: false,
             deactivated_at: None,
             compromised_at: None,
+            revoked_by: None,
+            revoked_for: None,
             successor: None,
             transition_until: None,
             destroyed_at: None,
@@ -305,6 +313,9 @@ fn policy_from_json(text: &str) -> Option<Policy> {
 impl StreamRow {
     pub(super) fn read(row: &AnyRow) -> Result<Self, StoreError> {
         let from_json = |text: &str| serde_json::from_str(text).ok();
+        let request = row.try_get::<Option<String>, _>("request")?;
+        let request =
+            request.map(|text| serde_json::from_str(&text).map_err(|_| unreadable("request", text)));
         Ok(Self {
             id: parsed(row, "id")?,
             playlist_url: row.try_get("playlist_url")?,
@@ -313,6 +324,7 @@ impl StreamRow {
             prefix: row.try_get("prefix")?,
             cdn: named(row, "cdn", from_json)?,
             policy: named(row, "policy", policy_from_json)?,
+            request: request.transpose()?,
             state: named(row, "state", StreamState::from_name)?,
             created_at: time(row, "created_at")?,
             updated_at: time(row, "updated_at")?,
@@ -353,6 +365,8 @@ impl KeyRow {
                 forced: flag(row, "forced")?,
                 deactivated_at: optional_time(row, "deactivated_at")?,
                 compromised_at: optional_time(row, "compromised_at")?,
+                revoked_by: row.try_get("revoked_by")?,
+                revoked_for: row.try_get("revoked_for")?,
                 successor: successor.and_then(|ordinal| u32::try_from(ordinal).ok()).map(Ordinal),
                 transition_until: optional_time(row, "transition_until")?,
                 destroyed_at: optional_time(row, "destroyed_at")?,

@@ -5,7 +5,7 @@ use sqlx::{AssertSqlSafe, Row};
 
 use super::StoreError;
 use super::dialect::both;
-use super::open::{Store, Tx, bounded, commit};
+use super::open::{Store, Tx, bounded, commit, repeated};
 use super::rows::{BoundaryRow, RenditionRow, json};
 use crate::fault;
 use crate::keys::{MediaSequenceNumber, Ordinal, Reason, StreamId, Timestamp};
@@ -54,7 +54,7 @@ impl Store {
         about: &RenditionRow,
         now: Timestamp,
     ) -> Result<Option<i64>, StoreError> {
-        bounded(async {
+        repeated(|| async {
             let Some((first, _)) = rows.first() else { return Ok(None) };
             let (mut tx, rev) = self.begin_change(stream).await?;
             if !goes_on(&mut tx, stream, first).await? {
@@ -99,7 +99,7 @@ impl Store {
         if served.renditions.is_empty() && served.keys.is_empty() {
             return Ok(());
         }
-        bounded(async {
+        repeated(|| async {
             let mut tx = self.begin().await?;
             if !served.renditions.is_empty() {
                 let row = |(id, row): &(StreamId, RenditionRow)| rendition_row(id, row);
@@ -112,6 +112,10 @@ impl Store {
                     json!({ "stream": id.as_str(), "n": ordinal.0, "at": at.as_unix_millis() })
                 };
                 let rows: Vec<_> = served.keys.iter().map(row).collect();
+                // Whoever tells of several locks them in this order.
+                if let Some(lock) = self.dialect.lock_keys() {
+                    sqlx::query(AssertSqlSafe(lock)).bind(json(&rows)).execute(&mut *tx).await?;
+                }
                 fault::point("report: before the keys");
                 let sql = format!(
                     "UPDATE content_keys AS k SET last_named_at = r.at FROM {}
@@ -154,7 +158,7 @@ impl Store {
 
     /// Forgets sliding renditions that nobody asked for since `unless_served_after`.
     pub async fn forget_renditions(&self, unless_served_after: Timestamp) -> Result<u64, StoreError> {
-        bounded(async {
+        repeated(|| async {
             let mut tx = self.begin().await?;
             let at = unless_served_after.as_unix_millis();
             let sql = "DELETE FROM boundaries WHERE EXISTS (
@@ -173,7 +177,8 @@ impl Store {
     }
 
     /// Takes renditions in. The longest length and the newest window and time stay, whatever the order in which
-    /// nodes report. Streams that are gone are left out.
+    /// nodes report. Streams that are gone are left out. All nodes take them in one order, so that none waits for
+    /// another in a circle.
     async fn put_renditions(&self, tx: &mut Tx, renditions: &[Value]) -> Result<(), StoreError> {
         let newer = "(excluded.epoch, excluded.edge_end) >= (renditions.epoch, renditions.edge_end)";
         let of_newer =
@@ -189,6 +194,7 @@ impl Store {
              SELECT r.stream, r.rendition, r.ended, r.keeps_all, r.target_millis, r.longest_millis, r.epoch,
                     r.edge_first, r.edge_end, r.served_at, {now} FROM {rows}
              WHERE EXISTS (SELECT 1 FROM streams s WHERE s.id = r.stream AND s.state <> 'deleted')
+             ORDER BY r.stream, r.rendition
              ON CONFLICT (stream_id, rendition) DO UPDATE SET
                 ended = {ended}, keeps_all = {keeps_all}, edge_first = {edge_first}, edge_end = {edge_end},
                 epoch = {epoch}, target_millis = excluded.target_millis, longest_millis = {longest_millis},

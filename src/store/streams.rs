@@ -7,7 +7,7 @@ use sqlx::{AssertSqlSafe, Row};
 
 use super::StoreError;
 use super::dialect::both;
-use super::open::{Store, Tx, bounded, commit};
+use super::open::{Store, Tx, bounded, commit, repeated};
 use super::rows::{
     BoundaryRow, DekRow, KeyRow, RenditionRow, StoredStream, StreamRow, StreamState, json, policy_to_json,
     unreadable,
@@ -42,13 +42,14 @@ impl Store {
             let sql = both!(
                 self.dialect,
                 "INSERT INTO streams (id, playlist_url, playlist_path, origin, prefix, cdn, policy, state,
-                                      created_at, updated_at, rev, changed_at_db, incarnation)
-                 SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $9, 1, " now ", 1
+                                      created_at, updated_at, rev, changed_at_db, incarnation, request)
+                 SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $9, 1, " now ", 1, $10
                  WHERE NOT EXISTS (SELECT 1 FROM streams WHERE origin = $4 AND prefix = $5 AND id <> $1
                                                            AND state <> 'deleted')
                  ON CONFLICT (id) DO UPDATE SET playlist_url = excluded.playlist_url,
                     playlist_path = excluded.playlist_path, origin = excluded.origin,
                     prefix = excluded.prefix, cdn = excluded.cdn, policy = excluded.policy,
+                    request = excluded.request,
                     state = excluded.state, created_at = excluded.created_at,
                     updated_at = excluded.updated_at, rev = streams.rev + 1,
                     changed_at_db = excluded.changed_at_db, incarnation = streams.incarnation + 1
@@ -64,6 +65,7 @@ impl Store {
                 .bind(policy_to_json(&stream.policy))
                 .bind(stream.state.name())
                 .bind(stream.created_at.as_unix_millis())
+                .bind(request_to_json(stream))
                 .execute(&mut *tx)
                 .await;
             let made = match made {
@@ -106,18 +108,19 @@ impl Store {
                 "prefix": stream.prefix,
                 "cdn": json(&stream.cdn),
                 "policy": policy_to_json(&stream.policy),
+                "request": request_to_json(stream),
                 "state": stream.state.name(),
                 "at": stream.created_at.as_unix_millis(),
             })
         };
         let list = json(&streams.iter().map(row).collect::<Vec<_>>());
-        bounded(async {
+        repeated(|| async {
             let mut tx = self.begin().await?;
             let sql = format!(
-                "INSERT INTO streams (id, playlist_url, playlist_path, origin, prefix, cdn, policy, state,
+                "INSERT INTO streams (id, playlist_url, playlist_path, origin, prefix, cdn, policy, request, state,
                                       created_at, updated_at, rev, changed_at_db, incarnation)
-                 SELECT r.id, r.playlist_url, r.playlist_path, r.origin, r.prefix, r.cdn, r.policy, r.state,
-                        r.at, r.at, 1, {now}, 1
+                 SELECT r.id, r.playlist_url, r.playlist_path, r.origin, r.prefix, r.cdn, r.policy, r.request,
+                        r.state, r.at, r.at, 1, {now}, 1
                  FROM {rows} WHERE TRUE ORDER BY r.id ON CONFLICT DO NOTHING RETURNING id",
                 now = both!(self.dialect, now),
                 rows = self.dialect.rows(&[
@@ -128,6 +131,7 @@ impl Store {
                     ("prefix", "text"),
                     ("cdn", "text"),
                     ("policy", "text"),
+                    ("request", "text"),
                     ("state", "text"),
                     ("at", "bigint"),
                 ]),
@@ -161,7 +165,7 @@ impl Store {
             fault::point("update: before");
             sqlx::query(
                 "UPDATE streams SET playlist_url = $2, playlist_path = $3, cdn = $4, policy = $5, state = $6,
-                                    updated_at = $7
+                                    updated_at = $7, request = $8
                  WHERE id = $1",
             )
             .bind(id.as_str())
@@ -171,6 +175,7 @@ impl Store {
             .bind(policy_to_json(&stream.policy))
             .bind(stream.state.name())
             .bind(now.as_unix_millis())
+            .bind(request_to_json(&stream))
             .execute(&mut *tx)
             .await?;
             let row = read_stream(&mut tx, id).await?.ok_or(StoreError::NoStream)?;
@@ -183,7 +188,7 @@ impl Store {
     /// Ends a stream: its keys' bytes and its schedule go, the history of its keys stays. `false` when it had
     /// ended before.
     pub async fn delete_stream(&self, id: &StreamId, now: Timestamp) -> Result<bool, StoreError> {
-        bounded(async {
+        let deleted = repeated(|| async {
             let mut tx = self.begin().await?;
             if self.touch(&mut tx, id).await?.is_none() {
                 return Ok(false);
@@ -197,7 +202,7 @@ impl Store {
             fault::point("delete: before the DEKs");
             sqlx::query(shredded).bind(id.as_str()).bind(&wiped).execute(&mut *tx).await?;
             let ended = "UPDATE streams SET state = 'deleted', updated_at = $2, playlist_url = '',
-                                            playlist_path = '', prefix = '', origin = ''
+                                            playlist_path = '', prefix = '', origin = '', request = NULL
                          WHERE id = $1";
             fault::point("delete: before the stream");
             sqlx::query(ended).bind(id.as_str()).bind(now).execute(&mut *tx).await?;
@@ -211,18 +216,23 @@ impl Store {
             commit(tx, "delete: before the commit", "delete: committed").await?;
             Ok(true)
         })
-        .await
+        .await;
+        if deleted.is_ok() {
+            self.empty_the_log().await;
+        }
+        deleted
     }
 
     /// Removes every row about a stream but for its ID, which tells other nodes that it is gone. `None` when
     /// there is no such stream, deleted or not.
     pub async fn erase_stream(&self, id: &StreamId, now: Timestamp) -> Result<Option<Removed>, StoreError> {
-        bounded(async {
+        let erased = repeated(|| async {
             let mut tx = self.begin().await?;
             let sql = both!(
                 self.dialect,
                 "UPDATE streams SET rev = rev + 1, changed_at_db = " now ", state = 'deleted', playlist_url = '',
-                    playlist_path = '', origin = '', prefix = '', cdn = $3, created_at = $2, updated_at = $2
+                    playlist_path = '', origin = '', prefix = '', cdn = $3, request = NULL, created_at = $2,
+                    updated_at = $2
                  WHERE id = $1"
             );
             fault::point("erase: before the stream");
@@ -247,7 +257,11 @@ impl Store {
             let [_, renditions, keys, deks] = counts;
             Ok(Some(Removed { deks, keys, renditions }))
         })
-        .await
+        .await;
+        if erased.is_ok() {
+            self.empty_the_log().await;
+        }
+        erased
     }
 
     /// The IDs of streams that are not deleted, in their order, at most `limit` behind `after`.
@@ -342,6 +356,10 @@ impl Store {
         })
         .await
     }
+}
+
+fn request_to_json(stream: &StreamRow) -> Option<String> {
+    stream.request.as_ref().map(json)
 }
 
 async fn read_stream(tx: &mut Tx, id: &StreamId) -> Result<Option<StreamRow>, StoreError> {

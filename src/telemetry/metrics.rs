@@ -26,6 +26,8 @@ pub struct Metrics {
     pub kms_calls: IntCounterVec,
     pub keys: IntGaugeVec,
     pub streams: IntGauge,
+    /// Streams that changed in the store and could not be taken in.
+    pub streams_put_off: IntGauge,
     pub overdue_rotations: IntGauge,
     pub store_up: IntGauge,
     pub lease_held: IntGauge,
@@ -91,6 +93,10 @@ impl Metrics {
                 ),
             ),
             streams: gauge("keyshield_streams", "Streams that are encrypted."),
+            streams_put_off: gauge(
+                "keyshield_streams_put_off",
+                "Streams whose last change this node could not take in.",
+            ),
             overdue_rotations: gauge(
                 "keyshield_overdue_rotations",
                 "Streams whose newest key is older than it should be.",

@@ -213,9 +213,11 @@ fn check_fleet(nodes: usize, store: &Store, duration: Duration) {
     let (totals, rotations) = (&watch.totals, fleet.rotations());
     println!("{nodes} nodes for {duration:?}: {totals:?}, rotations: {rotations:?}");
     let segments = RENDITIONS.len() * STREAMS * usize::try_from(duration.as_secs()).unwrap();
-    // A slow machine may see fewer playlists, but not none of most.
-    assert!(Totals::count(&totals.decrypted) >= segments / 2, "of {segments}");
-    assert!(Totals::count(&totals.compared) >= segments / 4, "of {segments}");
+    // The first window is longer than starting and stopping takes; and who looks has left none out.
+    assert!(Totals::count(&totals.covered) >= segments, "of {segments}");
+    assert!(Totals::count(&totals.decrypted) >= Totals::count(&totals.covered));
+    // A slow machine may see the two at different states of the origin now and then, but not most of the time.
+    assert!(Totals::count(&totals.compared) >= segments / 2, "of {segments}");
     let intervals = duration.as_secs() / ROTATION_INTERVAL.as_secs();
     let keys = STREAMS * usize::try_from(intervals).unwrap();
     assert!(Totals::count(&totals.keys) >= keys, "at least {keys}");

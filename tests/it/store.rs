@@ -8,9 +8,10 @@ use keyshield::keys::{
     Policy, Reason, StreamId, Timestamp,
 };
 use keyshield::store::{
-    Applied, BoundaryRow, CdnRow, DekRow, KeyLife, KeyRow, Location, Registered, RenditionRow, Served, Store,
-    StoreError, StoredStream, StreamRow, StreamState, Write, WriteOp,
+    Applied, BoundaryRow, CdnRow, DekRow, KeyLife, KeyRow, Lease, Location, Registered, RenditionRow, Served,
+    Store, StoreError, StoredStream, StreamRow, StreamState, Write, WriteOp,
 };
+use serde_json::json;
 use sqlx::{Connection, Executor, PgConnection};
 
 use crate::machine::SOON;
@@ -38,6 +39,13 @@ impl Database {
     fn postgres() -> Self {
         let postgres = Postgres::shared();
         Self { location: Location::Postgres(postgres.database()), _keep: (None, Some(postgres)) }
+    }
+
+    fn url(&self) -> String {
+        match &self.location {
+            Location::Sqlite(path) => format!("sqlite://{}", path.display()),
+            Location::Postgres(url) => url.clone(),
+        }
     }
 
     async fn open(&self) -> Store {
@@ -90,6 +98,7 @@ conforms!(
     many_streams_are_loaded_in_their_order,
     renditions_that_nobody_asks_for_are_forgotten,
     what_was_stored_is_there_after_opening_again,
+    work_that_waits_for_a_connection_is_no_sign_of_a_store_that_is_away,
 );
 
 fn stream(id: &str, prefix: &str) -> StreamRow {
@@ -101,6 +110,7 @@ fn stream(id: &str, prefix: &str) -> StreamRow {
         prefix: prefix.into(),
         cdn: CdnRow { endpoints: vec!["https://cdn1.example.com".into()], sync_enabled: true },
         policy: Policy { segments_per_key: 7, rotation_interval: None, ..Policy::default() },
+        request: Some(json!({"config": {"segmentsPerKey": 7}})),
         state: StreamState::Running,
         created_at: NOW,
         updated_at: NOW,
@@ -287,6 +297,7 @@ async fn a_revoked_key_has_its_successor_and_reason(database: Database) {
     assert_eq!(revs.len(), 1, "one revision for one transaction");
     let life = load(&store, &stream).await.keys.remove(0).life;
     assert_eq!((life.state, life.compromised_at), (KeyState::Compromised, Some(later(3))));
+    assert_eq!((life.revoked_by.as_deref(), life.revoked_for.as_deref()), (Some("sec"), Some("leaked")));
     assert_eq!((life.successor, life.transition_until), (Some(Ordinal(1)), Some(later(15))));
     assert_eq!(apply(&store, &stream, revoke).await, Applied::Changed(0), "revoked once");
     assert_eq!(apply(&store, &stream, destroy(0, NOW)).await, Applied::Changed(1));
@@ -444,7 +455,7 @@ async fn a_deleted_stream_leaves_its_history_and_may_begin_anew(database: Databa
     assert!(!store.delete_stream(&id, later(5)).await.unwrap());
 
     let deleted = load(&store, &id).await;
-    assert_eq!(deleted.stream.state, StreamState::Deleted);
+    assert_eq!((deleted.stream.state, deleted.stream.request), (StreamState::Deleted, None));
     assert_eq!((deleted.keys.len(), deleted.deks.len(), deleted.boundaries.len()), (0, 0, 0));
     assert_eq!(store.key_history(&id, false, None, 10).await.unwrap().len(), 2);
     assert!(matches!(store.update_stream(&id, NOW, Some).await, Err(StoreError::NoStream)));
@@ -472,7 +483,7 @@ async fn an_erased_stream_leaves_nothing(database: Database) {
     assert_eq!(store.key_history(&id, false, None, 10).await.unwrap(), []);
     let left = load(&store, &id).await.stream;
     assert_eq!((left.state, left.playlist_url.as_str()), (StreamState::Deleted, ""));
-    assert_eq!(left.cdn, CdnRow::default());
+    assert_eq!((left.cdn, left.request), (CdnRow::default(), None));
     assert_eq!(store.erase_stream(&"none".parse().unwrap(), NOW).await.unwrap(), None);
 }
 
@@ -536,19 +547,22 @@ async fn reports_say_the_same_in_whatever_order_they_come(database: Database) {
 async fn a_lease_is_held_by_one_until_it_runs_out(database: Database) {
     let store = database.open().await;
     let (long, short) = (Duration::from_secs(600), Duration::from_millis(1));
-    assert!(store.hold_lease("sweep", "a", long).await.unwrap());
-    assert!(!store.hold_lease("sweep", "b", long).await.unwrap());
-    assert!(store.hold_lease("other", "b", long).await.unwrap());
-    assert!(store.hold_lease("sweep", "a", short).await.unwrap(), "the holder may renew it");
+    let hold = async |name, holder, length| store.hold_lease(name, holder, length).await.unwrap();
+    assert_eq!(hold("sweep", "a", long).await, Lease::Held);
+    let Lease::Taken { expires_in } = hold("sweep", "b", long).await else { panic!("it is taken") };
+    assert!(expires_in <= long && expires_in > long - SOON, "{expires_in:?}");
+    assert_eq!(hold("other", "b", long).await, Lease::Held);
+    assert_eq!(hold("sweep", "a", short).await, Lease::Held, "the holder may renew it");
     let taken_over = async {
-        while !store.hold_lease("sweep", "b", long).await.unwrap() {
+        while let Lease::Taken { expires_in } = hold("sweep", "b", long).await {
+            assert!(expires_in <= short, "{expires_in:?}");
             tokio::task::yield_now().await;
         }
     };
     tokio::time::timeout(Duration::from_secs(5), taken_over).await.expect("it runs out");
-    assert!(!store.hold_lease("sweep", "a", long).await.unwrap());
+    assert_ne!(hold("sweep", "a", long).await, Lease::Held);
     store.leave("b").await.unwrap();
-    assert!(store.hold_lease("sweep", "a", long).await.unwrap(), "given up at once");
+    assert_eq!(hold("sweep", "a", long).await, Lease::Held, "given up at once");
 }
 
 async fn a_node_that_is_silent_is_missing_until_it_is_given_up(database: Database) {
@@ -634,6 +648,64 @@ async fn what_was_stored_is_there_after_opening_again(database: Database) {
 }
 
 #[tokio::test]
+async fn what_is_destroyed_is_in_no_file_of_sqlite_any_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&Location::Sqlite(dir.path().join("store.db")), 8).await.unwrap();
+    let hold = |bytes: &[u8]| -> Vec<String> {
+        let files = std::fs::read_dir(dir.path()).unwrap().map(|file| file.unwrap().path());
+        let held =
+            files.filter(|path| std::fs::read(path).unwrap().windows(bytes.len()).any(|part| part == bytes));
+        held.map(|path| path.display().to_string()).collect()
+    };
+    let wrapped = |n: u8| KeyRow { wrapped: vec![n; 76], dek: DekId::from_bytes([n; 16]), ..key(n, 0) };
+    for (n, name) in [(0xA1, "destroyed"), (0xA2, "deleted"), (0xA3, "erased")] {
+        let row = stream(name, &format!("/{name}/"));
+        store.register(&row).await.unwrap();
+        put_dek(&store, &row.id, DekRow { wrapped: vec![n + 16; 60], ..dek(n, 1) }).await;
+        put(&store, &row.id, &[wrapped(n)]).await;
+        assert_ne!(hold(&[n; 76]), [""; 0], "it is stored");
+        match name {
+            "destroyed" => {
+                apply(&store, &row.id, promote(0, Reason::Start, NOW)).await;
+                apply(&store, &row.id, WriteOp::Deactivate { ordinal: Ordinal(0), at: NOW }).await;
+                assert_eq!(apply(&store, &row.id, destroy(0, NOW)).await, Applied::Changed(1));
+            }
+            "deleted" => assert!(store.delete_stream(&row.id, NOW).await.unwrap()),
+            _ => assert!(store.erase_stream(&row.id, NOW).await.unwrap().is_some()),
+        }
+        assert_eq!(hold(&[n; 76]), [""; 0], "the key of the {name} one");
+        if name != "destroyed" {
+            assert_eq!(hold(&[n + 16; 60]), [""; 0], "the DEK of the {name} one");
+        }
+    }
+}
+
+async fn work_that_waits_for_a_connection_is_no_sign_of_a_store_that_is_away(database: Database) {
+    let store = Store::open(&database.location, 3).await.unwrap();
+    store.register(&stream("ch1", "/live/")).await.unwrap();
+    // Somebody else keeps the stream to himself, and so the one connection that is not kept for other things.
+    let mut other = sqlx::AnyConnection::connect(&database.url()).await.unwrap();
+    let lock = match database.location {
+        Location::Sqlite(_) => "BEGIN IMMEDIATE",
+        Location::Postgres(_) => "BEGIN; LOCK TABLE streams IN EXCLUSIVE MODE",
+    };
+    other.execute(lock).await.unwrap();
+    let waiting = tokio::spawn({
+        let store = store.clone();
+        async move { store.delete_stream(&"ch1".parse().unwrap(), NOW).await }
+    });
+    let refused = until("no connection is left", async || {
+        let asked = store.stream_ids("", 1).await;
+        store.changes(0).await.expect("what tells that the store is there goes on");
+        asked.err()
+    })
+    .await;
+    assert!(refused.is_busy() && !refused.is_away(), "{refused}");
+    other.execute("ROLLBACK").await.unwrap();
+    assert!(waiting.await.unwrap().unwrap());
+}
+
+#[tokio::test]
 async fn a_connection_whose_other_end_fell_silent_is_given_up() {
     let postgres = Postgres::shared();
     let url = postgres.database();
@@ -641,10 +713,10 @@ async fn a_connection_whose_other_end_fell_silent_is_given_up() {
     let store = Store::open(&Location::Postgres(url.clone()), 1).await.unwrap();
     let mut locker = PgConnection::connect(&url).await.unwrap();
     locker.execute("BEGIN; LOCK TABLE streams").await.unwrap();
-    // The store's one connection waits for the lock while the process behind it is stopped.
+    // The store's one connection for this waits for the lock while the process behind it is stopped.
     let waiting = tokio::spawn({
         let store = store.clone();
-        async move { store.changes(0).await }
+        async move { store.stream_ids("", 1).await }
     });
     let waits =
         "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
@@ -661,10 +733,51 @@ async fn a_connection_whose_other_end_fell_silent_is_given_up() {
     signal("-STOP");
     locker.execute("COMMIT").await.unwrap();
     let given_up = waiting.await.unwrap();
-    let back = tokio::time::timeout(SOON, async { while store.changes(0).await.is_err() {} }).await;
+    let back = tokio::time::timeout(SOON, async { while store.stream_ids("", 1).await.is_err() {} }).await;
     signal("-CONT");
     assert!(given_up.unwrap_err().is_away());
     back.expect("another connection takes its place");
+}
+
+/// Two that wait for each other: the one that has waited for a second finds out, and is undone. Here that is the store.
+#[tokio::test]
+async fn a_change_that_is_undone_in_a_deadlock_is_carried_out_again() {
+    let postgres = Postgres::shared();
+    let url = postgres.database();
+    let database = url.rsplit('/').next().unwrap().to_owned();
+    let store = Store::open(&Location::Postgres(url.clone()), 8).await.unwrap();
+    let mut ids: Vec<StreamId> = Vec::new();
+    for (n, name) in [(1, "a"), (2, "b")] {
+        let row = stream(name, &format!("/{name}/"));
+        store.register(&row).await.unwrap();
+        put_dek(&store, &row.id, dek(n, 1)).await;
+        put(&store, &row.id, &[KeyRow { dek: DekId::from_bytes([n; 16]), ..key(n, 0) }]).await;
+        ids.push(row.id);
+    }
+    let mut other = PgConnection::connect(&url).await.unwrap();
+    // It is never the one that finds out.
+    other
+        .execute("SET deadlock_timeout = '60s'; BEGIN; SELECT 1 FROM streams WHERE id = 'b' FOR UPDATE")
+        .await
+        .unwrap();
+    let changed = tokio::spawn({
+        let store = store.clone();
+        let batch: Vec<_> =
+            ids.iter().flat_map(|id| writes(id, vec![promote(0, Reason::Start, NOW)])).collect();
+        async move { store.apply(&batch).await }
+    });
+    until("the store waits for the second stream", async || {
+        let waits = "SELECT count(*) FROM pg_stat_activity
+                     WHERE datname = current_database() AND wait_event_type = 'Lock'";
+        (postgres.sql(&database, waits) == "1").then_some(())
+    })
+    .await;
+    other.execute("SELECT 1 FROM streams WHERE id = 'a' FOR UPDATE").await.unwrap();
+    let undone = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
+    other.execute("ROLLBACK").await.unwrap();
+    let (applied, _) = changed.await.unwrap().unwrap();
+    assert_eq!(applied, [Applied::Changed(1), Applied::Changed(1)]);
+    until("the deadlock is counted", async || (postgres.sql(&database, undone) == "1").then_some(())).await;
 }
 
 #[tokio::test]

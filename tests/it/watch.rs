@@ -53,6 +53,8 @@ pub struct Totals {
     /// Playlists that two nodes published at one state of the origin.
     pub compared: AtomicUsize,
     pub decrypted: AtomicUsize,
+    /// Segments between the first and the last that all nodes showed, of all renditions: none of them was left out.
+    pub covered: AtomicUsize,
     pub by_openssl: AtomicUsize,
     /// How often one was fetched that was not known, or had been forgotten.
     pub keys: AtomicUsize,
@@ -123,6 +125,7 @@ impl Watch {
             own.iter_mut().for_each(Looker::look);
             pause(POLL_INTERVAL.saturating_sub(started.elapsed()));
         }
+        own.iter().for_each(Looker::check_nothing_was_left_out);
     }
 
     /// The content key at a path, through the front.
@@ -190,6 +193,10 @@ struct Looker<'a> {
     rendition: usize,
     published: BTreeMap<u64, Published>,
     checked: BTreeSet<u64>,
+    /// As `checked`, from the beginning on.
+    ever_checked: BTreeSet<u64>,
+    /// For each node, what its playlists showed: the first Media Sequence Number, and one past the last.
+    shown: Vec<Option<(u64, u64)>>,
     /// By the state of the origin (first Media Sequence Number, segments): the body, and which nodes had it.
     states: BTreeMap<(u64, usize), (String, BTreeSet<usize>)>,
 }
@@ -203,6 +210,8 @@ impl<'a> Looker<'a> {
             rendition,
             published: BTreeMap::new(),
             checked: BTreeSet::new(),
+            ever_checked: BTreeSet::new(),
+            shown: vec![None; watch.nodes.len()],
             states: BTreeMap::new(),
         }
     }
@@ -218,6 +227,10 @@ impl<'a> Looker<'a> {
             let first = segments.first().expect("a live window").msn;
             let served_end = first + segments.len() as u64;
             assert!(served_end + MOST_BEHIND >= end, "{url} ends at {served_end}, the origin at {end}");
+            // Windows are looked at oftener than they move on by their length, so each goes on where one before ended.
+            let (began, ended) = self.shown[node].unwrap_or((first, first));
+            assert!(first <= ended, "{url}: {ended} to {first} were in no playlist that was looked at");
+            self.shown[node] = Some((began, ended.max(served_end)));
             self.compare(node, (first, segments.len()), text);
             for segment in &segments {
                 self.check(node, segment.msn, Published::from(segment));
@@ -226,6 +239,20 @@ impl<'a> Looker<'a> {
             self.published.retain(|msn, _| *msn >= first.saturating_sub(STATES as u64));
             self.checked.retain(|msn| *msn >= first.saturating_sub(STATES as u64));
         }
+    }
+
+    /// Every segment that all nodes showed was fetched and decrypted.
+    fn check_nothing_was_left_out(&self) {
+        let from = self.shown.iter().flatten().map(|(first, _)| *first).max();
+        let to = self.shown.iter().map(|shown| shown.map_or(0, |(_, end)| end)).min();
+        let (Some(from), Some(to)) = (from, to) else { return };
+        let left_out: Vec<_> = (from..to).filter(|msn| !self.ever_checked.contains(msn)).collect();
+        let rendition = RENDITIONS[self.rendition];
+        assert!(left_out.is_empty(), "stream {}, {rendition}: {left_out:?} of {from}..{to}", self.stream);
+        self.watch
+            .totals
+            .covered
+            .fetch_add(usize::try_from(to.saturating_sub(from)).unwrap(), Ordering::Relaxed);
     }
 
     /// Compares with what other nodes published at the same state of the origin.
@@ -262,6 +289,7 @@ impl<'a> Looker<'a> {
         if !(may_differ || msn % nodes as u64 == node as u64) || !self.checked.insert(msn) {
             return;
         }
+        self.ever_checked.insert(msn);
         let others = if self.stream < FETCHED_FROM_ALL { nodes } else { 1 };
         for other in 1..=others {
             self.check_bytes(&self.watch.nodes[(node + other) % nodes], msn, &segment);

@@ -64,7 +64,7 @@ pub enum StreamsCommand {
         #[command(flatten)]
         fields: StreamFields,
     },
-    /// Change a stream's rules, from its next key on
+    /// Change a stream's rules; keyMethod and ivMode hold for keys that are made from now on
     Update {
         #[command(flatten)]
         target: Target,

@@ -32,12 +32,26 @@ fn rotation(config: &Value) -> String {
 
 pub(super) fn keys(answer: &Value) -> String {
     table(
-        &["ORDINAL", "KEY", "STATE", "CREATED", "ACTIVATED", "FOR", "BY", "RETIRED", "DESTROYED"],
+        &[
+            "ORDINAL",
+            "KEY",
+            "STATE",
+            "CREATED",
+            "ACTIVATED",
+            "FOR",
+            "BY",
+            "RETIRED",
+            "DESTROYED",
+            "REVOKED BY",
+            "REVOKED FOR",
+        ],
         rows(answer, "keys").map(|key| {
             let retired = if key["compromisedAt"].is_null() { "deactivatedAt" } else { "compromisedAt" };
             let columns =
                 ["ordinal", "keyId", "state", "createdAt", "activatedAt", "activatedFor", "activatedBy"];
-            columns.into_iter().chain([retired, "destroyedAt"]).map(|name| text(&key[name])).collect()
+            // The reason is a sentence: it comes last, where it pushes nothing aside.
+            let ends = [retired, "destroyedAt", "revokedBy", "revokedFor"];
+            columns.into_iter().chain(ends).map(|name| text(&key[name])).collect()
         }),
     )
 }
@@ -156,6 +170,20 @@ ch1     running  4    2026-01-01T00:00:00.000Z  AES-128  30 min or 100 segments 
 vod     stopped  -    -                         AES-256  10 segments             /vod/a.m3u8
 ";
         assert_eq!(streams(&answer), expected);
+    }
+
+    #[test]
+    fn a_revoked_key_says_who_and_why() {
+        let answer = json!({ "keys": [{
+            "ordinal": 3, "keyId": "ab", "state": "compromised", "createdAt": "T0", "activatedAt": "T1",
+            "activatedFor": "count", "activatedBy": null, "deactivatedAt": null, "compromisedAt": "T2",
+            "revokedBy": "sec", "revokedFor": "found on a forum", "destroyedAt": null,
+        }]});
+        let expected = "\
+ORDINAL  KEY  STATE        CREATED  ACTIVATED  FOR    BY  RETIRED  DESTROYED  REVOKED BY  REVOKED FOR
+3        ab   compromised  T0       T1         count  -   T2       -          sec         found on a forum
+";
+        assert_eq!(keys(&answer), expected);
     }
 
     #[test]

@@ -13,6 +13,7 @@ use jsonwebtoken::{Algorithm, DecodingKey};
 use parking_lot::RwLock;
 use serde::Deserialize;
 use serde_json::Value;
+use url::{Host, Url};
 
 use super::{AccessError, AuthError, JwksSource};
 
@@ -67,12 +68,22 @@ impl IssuerKeys {
         let pace = if matches!(source, JwksSource::Url(_)) { URL_PACE } else { FILE_PACE };
         // The provider that the data plane's connections use too. An error says that it is there already.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = reqwest::Client::builder()
+        let mut client = reqwest::Client::builder()
             .timeout(FETCH_TIMEOUT)
             .redirect(reqwest::redirect::Policy::none())
-            .user_agent(AGENT)
-            .build()?;
-        Ok(Self { source, pace, client, known: RwLock::default(), turn: tokio::sync::Mutex::default() })
+            .user_agent(AGENT);
+        // An issuer elsewhere may be reached through the environment's proxy alone. One on this machine is not reached
+        // through any, and a proxy that answers in its place would say who may call.
+        if matches!(&source, JwksSource::Url(url) if is_on_loopback(url)) {
+            client = client.no_proxy();
+        }
+        Ok(Self {
+            source,
+            pace,
+            client: client.build()?,
+            known: RwLock::default(),
+            turn: tokio::sync::Mutex::default(),
+        })
     }
 
     /// The key of that ID, if it is one for that algorithm.
@@ -176,6 +187,15 @@ impl Known {
     }
 }
 
+fn is_on_loopback(url: &str) -> bool {
+    Url::parse(url).is_ok_and(|url| match url.host() {
+        Some(Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
+        Some(Host::Ipv4(address)) => address.is_loopback(),
+        Some(Host::Ipv6(address)) => address.is_loopback(),
+        None => false,
+    })
+}
+
 /// The usable keys of a JWK Set. Keys that are none of ours, of a kind or a use that is not known here, are left
 /// out and not errors (RFC 7517 §5).
 fn parse(body: &[u8]) -> Result<Vec<Arc<IssuerKey>>, String> {
@@ -228,6 +248,23 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn an_issuer_on_this_machine_is_known_by_its_host() {
+        for url in [
+            "http://localhost:1/jwks",
+            "http://127.0.0.2/jwks",
+            "https://[::1]:8/jwks",
+            "http://a.localhost/",
+        ] {
+            assert!(is_on_loopback(url), "{url}");
+        }
+        for url in
+            ["https://idp.example/jwks", "https://10.0.0.1/jwks", "https://localhost.example/jwks", "x"]
+        {
+            assert!(!is_on_loopback(url), "{url}");
+        }
+    }
 
     /// The public key of RFC 8037 appendix A.2.
     fn set(kid: &str) -> String {

@@ -177,6 +177,12 @@ pub(in crate::control) struct Key {
     deactivated_at: Option<String>,
     #[schema(format = DateTime, required = true)]
     compromised_at: Option<String>,
+    /// Who revoked it, where it was revoked.
+    #[schema(required = true)]
+    revoked_by: Option<String>,
+    /// The reason that was given for its revocation.
+    #[schema(required = true)]
+    revoked_for: Option<String>,
     #[schema(format = DateTime, required = true)]
     destroyed_at: Option<String>,
 }
@@ -194,6 +200,8 @@ impl From<KeyInfo> for Key {
             activated_by: info.activated_by,
             deactivated_at: info.deactivated_at.map(date_time),
             compromised_at: info.compromised_at.map(date_time),
+            revoked_by: info.revoked_by,
+            revoked_for: info.revoked_for,
             destroyed_at: info.destroyed_at.map(date_time),
         }
     }
@@ -303,7 +311,7 @@ impl Revocation {
 #[serde(rename_all = "camelCase")]
 pub(in crate::control) struct Erasure {
     stream_id: String,
-    /// Shredded: whatever was wrapped under them, backups too, cannot be opened any more.
+    /// Removed, and with them the way to open what was wrapped under them; backups that were made before have both.
     #[schema(minimum = 0)]
     data_encryption_keys: u64,
     #[schema(minimum = 0)]

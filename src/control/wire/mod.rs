@@ -68,6 +68,8 @@ mod tests {
             activated_by: Some("alice".into()),
             deactivated_at: None,
             compromised_at: None,
+            revoked_by: None,
+            revoked_for: None,
             destroyed_at: None,
         }
     }
@@ -98,6 +100,7 @@ mod tests {
                 cdn_endpoints: vec!["https://cdn1.example.com".into()],
                 cdn_sync_enabled: true,
                 policy: Policy::default(),
+                request: None,
             },
             state: StreamState::Running,
             is_configured: false,
@@ -109,7 +112,8 @@ mod tests {
             "keyId": "5f".repeat(16), "ordinal": 3, "state": "active", "method": "AES-128",
             "createdAt": "1970-01-01T00:00:01.000Z", "activatedAt": "1970-01-01T00:00:02.000Z",
             "activatedFor": "manual", "activatedBy": "alice",
-            "deactivatedAt": null, "compromisedAt": null, "destroyedAt": null,
+            "deactivatedAt": null, "compromisedAt": null, "revokedBy": null, "revokedFor": null,
+            "destroyedAt": null,
         });
         let expected = json!({
             "streamId": "ch1",
@@ -147,7 +151,13 @@ mod tests {
         let revocation = check_schema(Revocation::of(
             &id,
             engine::Revocation {
-                revoked: vec![key()],
+                revoked: vec![KeyInfo {
+                    state: KeyState::Compromised,
+                    compromised_at: Some(at(3_000)),
+                    revoked_by: Some("alice".into()),
+                    revoked_for: Some("leaked".into()),
+                    ..key()
+                }],
                 successor: key(),
                 reason: "leaked".into(),
                 revoked_by: "alice".into(),
@@ -156,6 +166,8 @@ mod tests {
             },
         ));
         assert_eq!((&revocation["transition"], &revocation["revokedBy"]), (&json!(12), &json!("alice")));
+        let revoked = &revocation["revokedKeys"][0];
+        assert_eq!((&revoked["revokedBy"], &revoked["revokedFor"]), (&json!("alice"), &json!("leaked")));
         let erased =
             engine::Erased { data_encryption_keys: 1, content_keys: 42, renditions: 3, erased_at: at(0) };
         assert_eq!(check_schema(Erasure::of(&id, erased))["contentKeys"], 42);

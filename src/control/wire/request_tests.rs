@@ -79,6 +79,24 @@ fn every_rule_can_be_set() {
 }
 
 #[test]
+fn a_call_is_kept_as_it_was_given_and_not_as_it_came_out() {
+    let request = |body| initialize(body).unwrap().request.unwrap();
+    let short =
+        json!({"playlistUrl": "https://cdn.example.com/stream/a.m3u8", "config": {"rotationInterval": 30}});
+    let long = json!({
+        "config": {"cdnSyncEnabled": true, "rotationInterval": 30.0}, "cdnEndpoints": [],
+        "pathPrefix": "/stream/", "playlistUrl": "https://cdn.example.com/stream/a.m3u8"
+    });
+    assert_eq!(request(short.clone()), request(long));
+    let config = &request(short)["config"];
+    assert_eq!(*config, json!({"rotationInterval": 30.0, "cdnSyncEnabled": true}), "nothing of [policy]");
+    let named = json!({
+        "playlistUrl": "https://cdn.example.com/stream/a.m3u8", "config": {"rotationInterval": 30, "ivMode": "segment"}
+    });
+    assert_eq!(request(named)["config"]["ivMode"], "segment", "though that is the default");
+}
+
+#[test]
 fn a_playlist_url_leads_to_an_allowed_origin_or_says_why_not() {
     for (url, why) in [
         ("https://evil.example/a.m3u8", "https://evil.example/a.m3u8, which is not at an allowed origin"),
@@ -241,6 +259,11 @@ fn a_change_stays_within_the_stream_and_touches_nothing_else() {
         let fault = change(json!({"playlistUrl": elsewhere})).unwrap_err();
         assert!(fault.field == "playlistUrl" && fault.detail.contains("/stream/"), "{fault:?}");
     }
+    let fault = change(json!({"config": {"encryptInitSections": true}})).unwrap_err();
+    assert_eq!(fault.field, "config.encryptInitSections");
+    assert!(fault.detail.contains("delete the stream and initialize it again"), "{fault:?}");
+    let same = change(json!({"config": {"encryptInitSections": false}})).unwrap();
+    assert_eq!(same, StreamChange::default(), "saying what holds is no change");
     let policy = change(json!({"config": {"gracePeriod": 5}})).unwrap().policy.unwrap();
     assert_eq!((policy.to.segments_per_key, policy.to.grace_period), (7, Duration::from_secs(5)));
     let unsynced = change(json!({"config": {"cdnSyncEnabled": false}, "cdnEndpoints": []})).unwrap();

@@ -6,7 +6,8 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use url::Url;
 use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Schema, SchemaType, Type};
 use utoipa::{IntoParams, ToSchema};
@@ -68,7 +69,7 @@ pub(in crate::control) struct InitializeRequest {
     config: Option<ConfigRequest>,
 }
 
-/// What is to be changed of a stream; what is left out stays.
+/// What is to be changed of a stream; what is left out stays. `config.encryptInitSections` must stay as it is.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[schema(examples(json!({"config": {"segmentsPerKey": 50}})))]
@@ -97,7 +98,7 @@ pub(in crate::control) struct UpdateRequest {
 struct CdnEndpoint(String);
 
 /// The rules of a stream; what is left out stays, at first as the configuration's `[policy]` has it.
-#[derive(Debug, Default, Deserialize, ToSchema)]
+#[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[schema(as = StreamConfigRequest)]
 struct ConfigRequest {
@@ -250,6 +251,7 @@ impl InitializeRequest {
         let cdn_endpoints = cdn_endpoints(self.cdn_endpoints, &mut faults).unwrap_or_default();
         let config = self.config.unwrap_or_default();
         let cdn_sync_enabled = config.cdn_sync_enabled.unwrap_or(true);
+        let mut given = config.given();
         let base = config.base(default_policy);
         let policy = config.over(&base, &mut faults);
         faults.none()?;
@@ -257,6 +259,11 @@ impl InitializeRequest {
         let (Some(found), Some(prefix)) = (found, prefix) else {
             return Err(Faults::of("playlistUrl", "is wrong"));
         };
+        // What is the same whether it was given or left out, everywhere and always, is as if it had been given.
+        given["cdnSyncEnabled"] = cdn_sync_enabled.into();
+        let request = json!({
+            "playlistUrl": self.playlist_url, "pathPrefix": prefix, "cdnEndpoints": cdn_endpoints, "config": given,
+        });
         let spec = StreamSpec {
             id,
             playlist_url: self.playlist_url,
@@ -266,6 +273,7 @@ impl InitializeRequest {
             cdn_endpoints,
             cdn_sync_enabled,
             policy,
+            request: Some(request),
         };
         Ok((spec, found))
     }
@@ -294,6 +302,12 @@ impl UpdateRequest {
         }
         let cdn_endpoints = cdn_endpoints(self.cdn_endpoints, &mut faults);
         let cdn_sync_enabled = self.config.as_ref().and_then(|config| config.cdn_sync_enabled);
+        let init_sections = self.config.as_ref().and_then(|config| config.encrypt_init_sections);
+        if init_sections.is_some_and(|encrypt| encrypt != stream.spec.policy.encrypt_init_sections) {
+            let why = "cannot be changed while the stream is there, because it would change the URIs of EXT-X-MAPs \
+                       that are published: delete the stream and initialize it again";
+            faults.add("config.encryptInitSections", why);
+        }
         let policy = self.config.map(|config| config.over(&stream.spec.policy, &mut faults));
         // What does not change is not sent: it would undo what another changes meanwhile.
         let policy = policy
@@ -345,6 +359,15 @@ impl ConfigRequest {
             base.iv_mode = IvMode::default();
         }
         base
+    }
+
+    /// The rules that were given, by their names.
+    fn given(&self) -> Value {
+        let mut given = json!(self);
+        if let Value::Object(rules) = &mut given {
+            rules.retain(|_, value| !value.is_null());
+        }
+        given
     }
 
     fn over(self, base: &Policy, faults: &mut Faults) -> Policy {

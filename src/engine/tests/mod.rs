@@ -89,6 +89,7 @@ fn spec() -> StreamSpec {
         cdn_endpoints: Vec::new(),
         cdn_sync_enabled: false,
         policy: Policy { segments_per_key: 10, ..Policy::default() },
+        request: None,
     }
 }
 
@@ -112,6 +113,25 @@ async fn a_count_of_segments_changes_the_key_and_what_was_published_stays() {
     assert_eq!(keys(&second), 2);
     assert_eq!(second[..2], first[6..], "segments 106 and 107 keep their key");
     assert_ne!(second[3].1, second[4].1, "the boundary lies at 100 + 10");
+}
+
+#[tokio::test]
+async fn a_promotion_that_was_interrupted_keeps_the_reason_of_its_boundary() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path(), Clock::manual(START)).await;
+    node.published(RENDITION, 100, 114).await;
+    node.sweeps.abort();
+    let _ = node.sweeps.await;
+    // As it is after a kill between the boundary and the promotion of its key.
+    let sql = "UPDATE content_keys SET state = 'pre-active', activated_at = NULL, activated_for = NULL,
+                                       activated_by = NULL, forced = 0
+               WHERE ordinal = 1";
+    sqlx::query(sql).execute(&database(dir.path()).await).await.unwrap();
+    let again = Node::start(dir.path(), Clock::manual(START)).await;
+    sweeps(&again).await;
+    let history = again.operator.rotations(&again.stream().id, None, 10).await.unwrap();
+    let reasons: Vec<_> = history.iter().map(|key| key.activated_for.clone().unwrap()).collect();
+    assert_eq!(reasons, ["count", "start"]);
 }
 
 #[tokio::test]
@@ -317,6 +337,62 @@ async fn a_stream_that_cannot_be_read_is_known_and_not_served() {
     assert!(again.engine.status().store_up);
     again.operator.delete(&damaged.id, "ops").await.unwrap();
     assert!(again.engine.stream_at("main", "/two/a.ts").is_none());
+}
+
+#[tokio::test]
+async fn one_stream_that_cannot_be_taken_in_does_not_hold_the_others_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = Clock::manual(START);
+    let one = Node::start(dir.path(), clock.clone()).await;
+    // It asks when it is told to, and does nothing else.
+    let two = Node::start(dir.path(), clock).await;
+    two.sweeps.abort();
+    let core = Arc::clone(&two.operator.core);
+    let channel = |id: &str| StreamSpec { id: id.parse().unwrap(), prefix: format!("/{id}/"), ..spec() };
+    one.operator.initialize(channel("ch2"), "ops").await.unwrap();
+    one.operator.initialize(channel("ch3"), "ops").await.unwrap();
+    let database = database(dir.path()).await;
+    let whole: Vec<u8> = {
+        let row = sqlx::query("SELECT wrapped FROM deks WHERE stream_id = 'ch2'").fetch_one(&database).await;
+        sqlx::Row::get(&row.unwrap(), "wrapped")
+    };
+    let wrap = async |wrapped: &[u8]| {
+        let sql = "UPDATE deks SET wrapped = $1 WHERE stream_id = 'ch2'";
+        sqlx::query(sql).bind(wrapped.to_vec()).execute(&database).await.unwrap();
+    };
+    // As if by a master key that this node does not have.
+    wrap(&[7; 60]).await;
+    let before = core.cursors.lock().changes;
+    assert!(core.sync().await.is_err(), "the log says so");
+    assert!(two.engine.stream_at("main", "/ch3/a.m3u8").is_some(), "the other one is taken in");
+    let (after, retries) = {
+        let cursors = core.cursors.lock();
+        (cursors.changes, cursors.retries.len())
+    };
+    assert!(after > before && retries == 1, "it is read on behind it: {before} {after} {retries}");
+    core.sync().await.expect("it is left alone for now");
+    // A row that this version cannot read at all.
+    let moved = ("https://origin.example/ch3/b.m3u8".to_owned(), "/ch3/b.m3u8".to_owned());
+    let change = super::StreamChange { playlist: Some(moved), ..super::StreamChange::default() };
+    one.operator.update(&"ch3".parse().unwrap(), change, "ops").await.unwrap();
+    let sql = "UPDATE streams SET policy = '{}', rev = rev + 1 WHERE id = 'ch2'";
+    sqlx::query(sql).execute(&database).await.unwrap();
+    assert!(core.sync().await.unwrap_err().to_string().contains("policy"));
+    let listed = two.operator.stream(&"ch3".parse().unwrap()).await.unwrap();
+    assert_eq!(listed.spec.playlist_path, "/ch3/b.m3u8", "though both are read at once");
+    let sql = "UPDATE streams SET rev = rev + 1, policy = (SELECT policy FROM streams WHERE id = 'ch3')
+               WHERE id = 'ch2'";
+    sqlx::query(sql).execute(&database).await.unwrap();
+    wrap(&whole).await;
+    let healed = async {
+        while core.cursors.lock().retries.len() > 0 {
+            let _ = core.sync().await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(5), healed).await.expect("it is tried again");
+    let found = two.engine.stream_at("main", "/ch2/a.m3u8").unwrap();
+    assert!(found.call("/ch2/a.m3u8", &live(0, 6), START).is_some(), "its keys are there");
 }
 
 #[tokio::test]

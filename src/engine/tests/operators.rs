@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::engine::{OperatorError, PolicyChange, StreamChange, StreamState};
-use crate::keys::{KeyId, KeyState};
+use crate::keys::{KeyId, KeyMethod, KeyState};
 
 pub(super) fn channel(id: &str, prefix: &str) -> StreamSpec {
     StreamSpec { id: id.parse().unwrap(), prefix: prefix.into(), ..spec() }
@@ -34,11 +34,44 @@ async fn the_same_initialization_twice_is_one_stream() {
 
     let other = StreamSpec { policy: Policy::default(), ..channel("ch2", "/two/") };
     let refused = node.operator.initialize(other, "ops").await.unwrap_err();
-    assert!(matches!(refused, OperatorError::Differs { field: "config", .. }), "{refused}");
+    assert!(matches!(&refused, OperatorError::Differs { field, .. } if field == "config"), "{refused}");
     let refused = node.operator.initialize(channel("ch3", "/two/"), "ops").await.unwrap_err();
     assert!(refused.to_string().contains("belongs to stream ch2"), "{refused}");
     let listed = node.operator.streams(None, 10).await.unwrap();
     assert_eq!(listed.iter().map(|s| s.spec.id.as_str()).collect::<Vec<_>>(), ["ch1", "ch2"]);
+}
+
+#[tokio::test]
+async fn the_same_call_is_the_same_stream_whatever_its_rules_have_come_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path(), Clock::manual(START)).await;
+    let asking = |request: serde_json::Value, policy: Policy| StreamSpec {
+        request: Some(request),
+        policy,
+        ..channel("ch2", "/two/")
+    };
+    let call = serde_json::json!({"playlistUrl": "https://o/a", "config": {"segmentsPerKey": 10}});
+    let first = node.operator.initialize(asking(call.clone(), spec().policy), "ops").await.unwrap();
+    let to = Policy { segments_per_key: 3, ..spec().policy };
+    let policy = Some(PolicyChange { from: spec().policy, to: to.clone() });
+    let change = StreamChange { policy, ..StreamChange::default() };
+    node.operator.update(&first.stream.spec.id, change, "ops").await.unwrap();
+    // By a node whose configuration fills in otherwise what the call leaves out.
+    let elsewhere = Policy { grace_period: Duration::from_secs(7), ..spec().policy };
+    let again = node.operator.initialize(asking(call, elsewhere.clone()), "ops").await.unwrap();
+    assert_eq!((again.created, again.stream.spec.policy), (false, to), "it is found as it is");
+
+    for (other, differing) in [
+        (serde_json::json!({"playlistUrl": "https://o/b", "config": {"segmentsPerKey": 10}}), "playlistUrl"),
+        (
+            serde_json::json!({"playlistUrl": "https://o/a", "config": {"segmentsPerKey": 11}}),
+            "config.segmentsPerKey",
+        ),
+        (serde_json::json!({"playlistUrl": "https://o/a", "config": {}}), "config.segmentsPerKey"),
+    ] {
+        let refused = node.operator.initialize(asking(other, elsewhere.clone()), "ops").await.unwrap_err();
+        assert!(matches!(&refused, OperatorError::Differs { field, .. } if field == differing), "{refused}");
+    }
 }
 
 #[tokio::test]
@@ -72,6 +105,10 @@ async fn a_revoked_key_is_replaced_in_what_was_published_and_paths_stay() {
     assert_eq!(revocation.revoked.iter().map(|key| key.id).collect::<Vec<_>>(), [leaked.id]);
     assert_eq!(revocation.transition, Duration::from_secs(4), "two Target Durations");
     assert!(!leaked.may_be_named());
+    let listed = node.operator.keys(&id(), None, 10).await.unwrap();
+    for info in [&revocation.revoked[0], listed.iter().find(|key| key.id == leaked.id).unwrap()] {
+        assert_eq!((info.revoked_by.as_deref(), info.revoked_for.as_deref()), (Some("sec"), Some("leaked")));
+    }
 
     let published = node.publish(RENDITION, window, Duration::from_secs(16)).await;
     let shown = published.key_at(MediaSequenceNumber(100)).unwrap();
@@ -250,6 +287,50 @@ async fn a_new_policy_holds_from_the_next_key_on() {
     assert_eq!([key(105), key(109), key(110), key(112), key(113)], [0, 0, 1, 1, 2]);
     let refused = node.operator.update(&id(), change, "ops").await.unwrap_err();
     assert!(matches!(refused, OperatorError::Configured(_)), "{refused}");
+}
+
+#[tokio::test]
+async fn a_new_method_shows_when_the_keys_that_wait_have_had_their_turn() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path(), Clock::manual(START)).await;
+    let spec = channel("ch2", "/two/");
+    node.operator.initialize(spec.clone(), "ops").await.unwrap();
+    let to = Policy { key_method: KeyMethod::Aes256, ..spec.policy.clone() };
+    let policy = Some(PolicyChange { from: spec.policy, to });
+    node.operator.update(&spec.id, StreamChange { policy, ..StreamChange::default() }, "ops").await.unwrap();
+    let mut methods = Vec::new();
+    for _ in 0..4 {
+        methods.push(node.operator.rotate(&spec.id, "ops").await.unwrap().key.method);
+    }
+    use KeyMethod::{Aes128, Aes256};
+    assert_eq!(methods, [Aes128, Aes128, Aes128, Aes256], "three keys waited");
+}
+
+#[tokio::test]
+async fn what_is_stored_is_done_though_it_cannot_be_read_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path(), Clock::manual(START)).await;
+    let spec = channel("ch2", "/two/");
+    node.operator.initialize(spec.clone(), "ops").await.unwrap();
+    // A key that does not unwrap, as one of another node under a DEK that is wrapped by an unknown master key.
+    let damage = "INSERT INTO content_keys (id, stream_id, ordinal, dek_id, method, iv_mode, wrapped, state, forced,
+                                            created_at)
+                  SELECT 'ffffffffffffffffffffffffffffffff', stream_id, 99, dek_id, method, iv_mode, zeroblob(80),
+                         'pre-active', 0, 0
+                  FROM content_keys WHERE stream_id = 'ch2' AND ordinal = 0";
+    sqlx::query(damage).execute(&database(dir.path()).await).await.unwrap();
+    let moved = ("https://origin.example/two/b.m3u8".to_owned(), "/two/b.m3u8".to_owned());
+    let change = StreamChange { playlist: Some(moved), ..StreamChange::default() };
+    let updated = node.operator.update(&spec.id, change, "ops").await.unwrap();
+    assert_eq!(updated.spec.playlist_path, "/two/b.m3u8", "it is answered from what was stored");
+    let stopped = node.operator.stop(&spec.id, "ops").await.unwrap();
+    assert_eq!(stopped.state, StreamState::Stopped);
+    assert!(!node.engine.stream_at("main", "/two/a.m3u8").unwrap().is_running());
+    let failed = node.operator.revoke(&spec.id, None, "leaked", "sec").await.unwrap_err();
+    assert!(matches!(failed, OperatorError::Failed(_)), "nothing was stored: {failed}");
+    let moved = StreamSpec { playlist_url: "https://origin.example/two/b.m3u8".into(), ..spec };
+    let unknown = node.operator.initialize(moved, "ops").await.unwrap_err();
+    assert!(matches!(unknown, OperatorError::Unknown(_)), "it runs again, and cannot be read: {unknown}");
 }
 
 #[tokio::test]

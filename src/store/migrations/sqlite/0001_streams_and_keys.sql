@@ -10,6 +10,8 @@ CREATE TABLE streams (
     -- JSON.
     cdn               TEXT    NOT NULL,
     policy            TEXT    NOT NULL,
+    -- JSON: the call that began it, to be compared with another. Null where the configuration began it.
+    request           TEXT,
     -- running, stopped, or deleted: then only the history of its keys is left.
     state             TEXT    NOT NULL,
     created_at        BIGINT  NOT NULL,
