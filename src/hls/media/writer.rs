@@ -145,11 +145,12 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
         let is_gap = named("-X-GAP").is_some();
         // What an EXT-X-MAP or EXT-X-KEY in between puts in force is not what the segment needs.
         let settled = named("-X-MAP").max(named("-X-KEY"));
+        // The range of a gap counts all the same: the next one may go on where it ends (D22 §4.4.4.2).
+        let range = self.range_of(&lines, uri.text)?;
         let ready = if is_gap {
             None
         } else {
             let encryption = self.encryption_behind(&lines)?;
-            let range = self.range_of(&lines, uri.text)?;
             let target = Target { place: self.place(), range, encryption, msn: Some(self.msn) };
             Some(self.ready(uri.text, &target).map_err(|problem| problem.at(number))?)
         };
@@ -158,7 +159,11 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
             if let Some(ready) = ready.as_ref().filter(|_| is_inf && settled.is_none_or(|last| last < at)) {
                 self.put_in_force(ready);
             }
-            self.tag_line((*number, line))?;
+            if is_gap && line.tag_name() == Some("-X-BYTERANGE") {
+                self.copy(line);
+            } else {
+                self.tag_line((*number, line))?;
+            }
         }
         match ready {
             Some(ready) => {
