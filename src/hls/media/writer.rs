@@ -151,7 +151,9 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
             None
         } else {
             let encryption = self.encryption_behind(&lines)?;
-            let target = Target { place: self.place(), range, encryption, msn: Some(self.msn) };
+            // A file of I-frames has no number of its own, whatever those of its frames are.
+            let msn = (!self.is_i_frames_only).then_some(self.msn);
+            let target = Target { place: self.place(), range, encryption, msn };
             Some(self.ready(uri.text, &target).map_err(|problem| problem.at(number))?)
         };
         for (at, (number, line)) in lines.iter().enumerate() {
