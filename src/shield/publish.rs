@@ -184,7 +184,8 @@ async fn imported(shield: &Shield, stream: &Stream) -> Result<Arc<Variables>, Re
     let place = OriginPath { query: query.map(str::to_owned), ..place };
     let body = fetch(shield, &place, Directives::default(), Duration::ZERO).await?;
     let sources = VariableSources { query: place.query.as_deref(), imported: None };
-    let variables = Arc::new(Variables::of(&Playlist::parse(&body)?, sources)?);
+    let variables = Playlist::parse(&body).and_then(|playlist| Variables::importable(&playlist, sources));
+    let variables = Arc::new(variables.map_err(Refusal::Imports)?);
     shield.imports.insert(stream.id.clone(), Arc::clone(&variables));
     Ok(variables)
 }
