@@ -4,6 +4,7 @@
 //! What must come out are the origin's bytes. They are compared with what openssl, or RustCrypto in the test, makes of
 //! the answers; ciphertext of origins is made by RustCrypto too. Nothing here uses the shield's own cipher.
 
+mod gcm;
 mod i_frames;
 mod ranges;
 
