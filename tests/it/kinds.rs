@@ -6,7 +6,10 @@
 
 mod gcm;
 mod i_frames;
+mod pass;
 mod ranges;
+mod rekey;
+mod rekey_failures;
 
 use aes::cipher::block_padding::Pkcs7;
 use aes::cipher::{BlockModeEncrypt, KeyIvInit};
