@@ -6,10 +6,13 @@
 
 mod gcm;
 mod i_frames;
+mod multivariant;
 mod pass;
 mod ranges;
 mod rekey;
 mod rekey_failures;
+mod sessions;
+mod subtitles;
 
 use aes::cipher::block_padding::Pkcs7;
 use aes::cipher::{BlockModeEncrypt, KeyIvInit};
