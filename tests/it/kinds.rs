@@ -6,6 +6,7 @@
 
 mod gcm;
 mod i_frames;
+mod live;
 mod multivariant;
 mod pass;
 mod ranges;
