@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use super::{Item, config, failure, media, served};
+use super::{Item, config, failure, media, part_of, served};
 use crate::harness::{Running, ask};
 use crate::origin::{Answer, Framing, Origin};
 use crate::postgres::Postgres;
@@ -126,4 +126,35 @@ fn ranges_and_head_are_answered() {
     let range = format!("bytes {}-{}/{length}", LEN + 16, LEN + 31);
     assert_eq!((part.status, part.header("content-range")), (206, Some(range.as_str())));
     assert_eq!(part.body, segment.fetch().body[LEN + 16..], "the tag");
+}
+
+const I_FRAMES: &str = "#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-TARGETDURATION:4\n#EXT-X-I-FRAMES-ONLY\n\
+    #EXT-X-MAP:URI=\"all.mp4\",BYTERANGE=\"700@0\"\n\
+    #EXTINF:4,\n#EXT-X-BYTERANGE:1000@700\nall.mp4\n#EXTINF:4,\n#EXT-X-BYTERANGE:50\nall.mp4\n";
+
+#[test]
+fn each_i_frame_is_sealed_by_itself_because_nobody_can_reach_into_a_sealed_file() {
+    let origin = Origin::start(|request| match request.target.as_str() {
+        PATH => Answer::ok(I_FRAMES),
+        target => part_of(&media(target, LEN), request.headers.get("range")),
+    });
+    let shield = Running::serve(&config(&origin, POLICY));
+    let got = served(&shield, PATH);
+    assert!(!got.text.contains("BYTERANGE"), "{}", got.text);
+    let file = media("/live/all.mp4", LEN);
+    assert!(got.segments[0].plain() == file[700..1_700]);
+    assert!(got.segments[1].plain() == file[1_700..1_750]);
+    assert!(got.init_sections[0].plain() == file[..700]);
+}
+
+#[test]
+fn i_frames_of_a_file_that_the_origin_has_encrypted_cannot_be_sealed_apart() {
+    let key = "#EXT-X-KEY:METHOD=AES-128,URI=\"k.bin\",IV=0x01\n#EXT-X-MAP";
+    let origin = Origin::start(move |_| Answer::ok(I_FRAMES.replace("#EXT-X-MAP", key)));
+    let shield = Running::serve(&config(&origin, &format!("{POLICY}on_encrypted = \"rekey\"\n")));
+    let got = shield.get(PATH);
+    assert_eq!(got.status, 502);
+    let reason =
+        "line 9: what the origin has encrypted so cannot be encrypted anew (I-frames within one file";
+    assert!(got.problem().contains(reason), "{}", got.problem());
 }
