@@ -219,8 +219,9 @@ fn freshness(facts: &MediaFacts, directives: Directives) -> (Duration, Duration)
     if facts.ended {
         return (STEADY_TTL, STEADY_TTL);
     }
-    // What was waited for does not change by being there longer: who asks for the same has not seen it yet.
-    if directives.msn.is_some() {
+    // What was waited for does not change by being there longer: who asks for the same has not seen it yet. An origin
+    // that does not wait gives what it has at the moment.
+    if facts.takes_directives && directives.msn.is_some() {
         return (target, target * 6);
     }
     let live = (target / 4).clamp(*LIVE_TTL.start(), *LIVE_TTL.end());
@@ -270,6 +271,7 @@ mod tests {
         let facts = MediaFacts {
             target_duration_secs: 4,
             is_low_latency: true,
+            takes_directives: true,
             part_target_secs: 0.5,
             ..MediaFacts::default()
         };

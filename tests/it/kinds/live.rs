@@ -14,7 +14,7 @@ const PATH: &str = "/live/index.m3u8";
 fn start(policy: &str, first: String) -> (Arc<Mutex<Option<String>>>, Origin, Running) {
     let playlist = Arc::new(Mutex::new(Some(first)));
     let now = Arc::clone(&playlist);
-    let origin = Origin::start(move |request| match request.target.as_str() {
+    let origin = Origin::start(move |request| match request.target.split('?').next().unwrap() {
         PATH => now.lock().clone().map_or(Answer::status(404), Answer::ok),
         target => Answer::ok(media(target.rsplit('/').next().unwrap(), 5_000)),
     });
@@ -127,6 +127,20 @@ fn line_endings_and_a_byte_order_mark_stay_as_they_are() {
     for (segment, name) in got.segments.iter().zip(names("a", 5..8)) {
         assert!(segment.plain() == media(&name, 5_000), "{name}");
     }
+}
+
+#[test]
+fn waiting_for_a_segment_means_nothing_to_an_origin_that_does_not_wait() {
+    let (_origin_says, origin, shield) = start("", playlist(5, &names("a", 5..8)));
+    // The first time, the shield does not know yet.
+    for _ in 0..2 {
+        let waited = shield.get(&format!("{PATH}?_HLS_msn=99"));
+        assert_eq!((waited.status, waited.header("cache-control")), (200, Some("public, max-age=1")));
+        assert_eq!(waited.body, shield.get(PATH).body);
+    }
+    let told = origin.targets().iter().filter(|target| target.contains("_HLS")).count();
+    assert_eq!(told, 1);
+    assert_eq!(shield.get(&format!("{PATH}?_HLS_part=1")).status, 400);
 }
 
 #[test]
