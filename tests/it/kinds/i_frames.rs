@@ -3,7 +3,10 @@
 use aes::Aes128;
 use aes::cipher::{Block, BlockModeDecrypt, KeyIvInit};
 
+use serde_json::json;
+
 use super::{Item, config, encrypt, media, served};
+use crate::control_api::{call, tokens};
 use crate::harness::{Running, ask, get};
 use crate::origin::{Answer, Origin};
 
@@ -120,6 +123,17 @@ fn i_frames_of_one_file_on_both_sides_of_a_key_change_decrypt() {
     assert_eq!(items[3].key_id(), items[4].key_id());
     assert_eq!(origin.count("/live/a.ts"), 2, "once under each key");
     assert_eq!(origin.count("/live/b.ts"), 1);
+}
+
+#[test]
+fn after_a_revocation_they_decrypt_under_the_successor_at_the_same_paths() {
+    let (_origin, shield) = start(&tokens());
+    let before = check(&shield);
+    call(&shield, "POST", "/live/emergency-revoke", json!({"reason": "found on a forum"})).ok();
+    for (before, after) in before.iter().zip(check(&shield)) {
+        assert_ne!(before.key, after.key);
+        assert_eq!(Some(before.url.as_str()), after.url.split('?').next(), "a published path never changes");
+    }
 }
 
 #[test]

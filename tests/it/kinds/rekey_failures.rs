@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use super::rekey::{KEY, PATH, POLICY, plain};
 use super::{Failure, Item, config, encrypt, failure, iv_of_msn, served};
 use crate::harness::{Running, get, wait_for};
-use crate::origin::{Answer, Framing, Origin};
+use crate::origin::{Answer, Framing, Gate, Origin};
 
 /// A playlist of one encrypted segment, whose EXT-X-KEY has these attributes.
 fn playlist(key: &str) -> String {
@@ -93,6 +93,36 @@ fn a_key_that_is_missing_or_none_is_an_error_until_it_is_there() {
     assert_eq!(origin.count("/live/a.ts"), 0, "without a key, no segment");
     *script.key.lock() = Answer::ok(*KEY);
     assert!(segment.plain() == plain("a.ts"));
+}
+
+#[test]
+fn a_crowd_that_needs_one_key_is_one_request_for_it() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |request| match request.target.as_str() {
+        PATH => Answer::ok(
+            playlist("METHOD=AES-128,URI=\"k.bin\"")
+                + "#EXTINF:4,\nb.ts\n#EXTINF:4,\nc.ts\n#EXTINF:4,\nd.ts\n",
+        ),
+        "/live/k.bin" => Answer { gate: Some((0, held.clone())), ..Answer::ok(*KEY) },
+        target => {
+            let at = u64::from(target.as_bytes()["/live/".len()] - b'a');
+            Answer::ok(encrypt(&plain("any"), KEY, iv_of_msn(7 + at)))
+        }
+    });
+    let shield = Running::serve(&config(&origin, POLICY));
+    let segments = served(&shield, PATH).segments;
+    assert_eq!(segments.len(), 4);
+    std::thread::scope(|scope| {
+        let crowd: Vec<_> =
+            segments.iter().map(|segment| scope.spawn(|| segment.plain() == plain("any"))).collect();
+        wait_for("all of them to wait for the key", || {
+            (shield.metric("keyshield_flows_filling") == 4.0 && origin.count("/live/k.bin") > 0).then_some(())
+        });
+        gate.open();
+        assert!(crowd.into_iter().all(|one| one.join().unwrap()));
+    });
+    assert_eq!(origin.count("/live/k.bin"), 1);
 }
 
 #[test]
