@@ -25,9 +25,10 @@ impl<'p> Encryption<'p> {
     /// What holds behind an EXT-X-KEY.
     ///
     /// # Errors
-    /// [`Problem::AlreadyEncrypted`] or [`Problem::NotRekeyable`] for what is not to be, or cannot be, served.
+    /// [`Problem::AlreadyEncrypted`] or [`Problem::NotRekeyable`] for what is not to be, or cannot be, served, and
+    /// [`Problem::BadTag`].
     pub(super) fn behind(key: &Attributes<'p>, on_encrypted: OnEncrypted) -> Result<Self, Problem> {
-        let method = key.unquoted("METHOD").unwrap_or("missing");
+        let method = key.unquoted("METHOD").ok_or_else(|| key.bad("it has no METHOD".into()))?;
         match on_encrypted {
             _ if method == "NONE" => Ok(Encryption::Clear),
             OnEncrypted::Reject => Err(Problem::AlreadyEncrypted { method: method.to_owned() }),
@@ -101,6 +102,10 @@ mod tests {
     fn a_key_without_a_uri_or_with_half_an_iv_is_bad() {
         for bad in ["METHOD=AES-128", "METHOD=AES-128,URI=\"k\",IV=12", "METHOD=AES-128,URI=\"k\",IV=0x"] {
             assert!(matches!(behind(bad, OnEncrypted::Rekey), Err(Problem::BadTag { .. })), "{bad}");
+        }
+        // What may be clear is not left as it is for a tag that does not say what it is.
+        for bad in ["URI=\"k\"", "METHOD=\"NONE\""] {
+            assert!(matches!(behind(bad, OnEncrypted::Pass), Err(Problem::BadTag { .. })), "{bad}");
         }
     }
 }

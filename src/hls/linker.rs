@@ -84,7 +84,11 @@ impl Surroundings<'_> {
         link_key: &LinkKey,
     ) -> Result<(Source, String), Problem> {
         let bad = |why: String| Problem::BadUri { uri: shown(uri), why };
-        let to = self.resolve(uri)?;
+        // What is served as it is has no plaintext to protect, wherever it lies.
+        let to = match target.place.is_served_as_it_is() {
+            true => self.allowed(uri)?,
+            false => self.protected(uri)?,
+        };
         if to.path.ends_with('/') {
             return Err(bad("it names a directory".into()));
         }
@@ -110,23 +114,27 @@ impl Surroundings<'_> {
         Ok((source, linked))
     }
 
-    /// Where a URI leads, if the shield may serve what is there.
-    fn resolve(&self, uri: &str) -> Result<OriginPath<'_>, Problem> {
+    /// Where a URI leads, if that is an allowed origin.
+    fn allowed(&self, uri: &str) -> Result<OriginPath<'_>, Problem> {
         let bad = |why: String| Problem::BadUri { uri: shown(uri), why };
-        let to = self.mounts.resolve(self.from, uri).map_err(|error| bad(error.to_string()))?;
+        self.mounts.resolve(self.from, uri).map_err(|error| bad(error.to_string()))
+    }
+
+    /// As [`Self::allowed`], if the shield does not pass through what is there.
+    fn protected(&self, uri: &str) -> Result<OriginPath<'_>, Problem> {
+        let to = self.allowed(uri)?;
         if to.mount.pass_through && !(self.is_protected)(&to) {
-            return Err(bad(
-                "it lies outside every stream at an origin with pass_through = true, where its plaintext could be \
-                 fetched; widen a stream's path_prefix or turn pass_through off"
-                    .into(),
-            ));
+            let why = "it lies outside every stream at an origin with pass_through = true, where its plaintext could \
+                       be fetched; widen a stream's path_prefix or turn pass_through off"
+                .into();
+            return Err(Problem::BadUri { uri: shown(uri), why });
         }
         Ok(to)
     }
 
     /// A URI as a path of the shield, with its query.
     fn reference(&self, uri: &str) -> Result<String, Problem> {
-        let to = self.resolve(uri)?;
+        let to = self.protected(uri)?;
         let bad = |why: String| Problem::BadUri { uri: shown(uri), why };
         let path = canonical_path(&to.path).map_err(|error| bad(error.to_string()))?;
         let path = to.mount.shield_path(&path);

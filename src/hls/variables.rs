@@ -35,15 +35,29 @@ pub struct VariableSources<'a> {
 }
 
 impl Variables {
-    /// Those that a playlist defines.
+    /// Those that Media Playlists can import from a Multivariant Playlist. One that is to come from a query is left
+    /// out where the query lacks it: each viewer's has another value, and whose it should be, nobody can say.
     ///
     /// # Errors
     /// The first definition that is wrong.
-    pub fn of(playlist: &Playlist<'_>, sources: VariableSources<'_>) -> Result<Self, PlaylistError> {
+    pub fn importable(playlist: &Playlist<'_>, sources: VariableSources<'_>) -> Result<Self, PlaylistError> {
+        let is_missing = |tag: UnknownTag<'_>| {
+            let name = Attributes::of(tag).ok().and_then(|attributes| attributes.quoted("QUERYPARAM"));
+            name.is_some_and(|name| query_param(name, sources.query).is_err())
+        };
+        Self::of(playlist, sources, is_missing)
+    }
+
+    fn of(
+        playlist: &Playlist<'_>,
+        sources: VariableSources<'_>,
+        is_left_out: impl Fn(UnknownTag<'_>) -> bool,
+    ) -> Result<Self, PlaylistError> {
         let mut variables = Self::default();
         for (number, line) in (1..).zip(&playlist.lines) {
             if let Content::Tag(tag) = line.content
                 && tag.name() == "-X-DEFINE"
+                && !is_left_out(tag)
             {
                 variables.define(tag, sources).map_err(|problem| problem.at(number))?;
             }
@@ -174,7 +188,8 @@ mod tests {
     use super::*;
 
     fn variables(lines: &str, sources: VariableSources<'_>) -> Result<Variables, PlaylistError> {
-        Variables::of(&Playlist::parse(format!("#EXTM3U\n{lines}").as_bytes()).unwrap(), sources)
+        let text = format!("#EXTM3U\n{lines}");
+        Variables::of(&Playlist::parse(text.as_bytes()).unwrap(), sources, |_| false)
     }
 
     fn defined() -> Variables {

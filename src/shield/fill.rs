@@ -115,7 +115,7 @@ impl Fill {
             Some(key) => {
                 let resource = self.link.resource(&self.mount.origin, &self.path);
                 let iv = key.secrets.link.iv(key.iv_mode, &resource);
-                Encryption::Cbc(SegmentEncryptor::new(&key.secrets.content, iv))
+                Encryption::Cbc(Box::new(SegmentEncryptor::new(&key.secrets.content, iv)))
             }
         }
     }
@@ -147,7 +147,8 @@ impl Fill {
 /// Our encryption, under way.
 enum Encryption {
     None,
-    Cbc(SegmentEncryptor),
+    /// With its key schedule, which is by far the largest.
+    Cbc(Box<SegmentEncryptor>),
     /// The plaintext, until it is whole.
     Gcm(BytesMut),
 }

@@ -186,7 +186,8 @@ async fn imported(shield: &Shield, stream: &Stream) -> Result<Arc<Variables>, Re
     let place = OriginPath { query: query.map(str::to_owned), ..place };
     let body = fetch(shield, &place, Directives::default(), Duration::ZERO).await?;
     let sources = VariableSources { query: place.query.as_deref(), imported: None };
-    let variables = Arc::new(Variables::of(&Playlist::parse(&body)?, sources)?);
+    let variables = Playlist::parse(&body).and_then(|playlist| Variables::importable(&playlist, sources));
+    let variables = Arc::new(variables.map_err(Refusal::Imports)?);
     shield.imports.insert(stream.id.clone(), Arc::clone(&variables));
     Ok(variables)
 }
@@ -227,9 +228,9 @@ fn freshness(facts: &MediaFacts, directives: Directives) -> (Duration, String) {
     }
     let half_a_part = Duration::try_from_secs_f64(facts.part_target_secs / 2.0).unwrap_or(live);
     let ttl = half_a_part.clamp(*LOW_LATENCY_TTL.start(), *LOW_LATENCY_TTL.end());
-    match directives.msn {
+    match directives.msn.filter(|_| facts.takes_directives) {
         // Who asks for it has not seen it yet, however late: for shared caches. But video.js asks again for the part that
-        // it has, and must not be answered by its browser.
+        // it has, and must not be answered by its browser. An origin that does not wait gives what it has at the moment.
         Some(_) => (ttl, format!("public, max-age=0, s-maxage={}", (target * 6).as_secs())),
         None => (ttl, public(Duration::from_secs(1))),
     }
@@ -278,6 +279,7 @@ mod tests {
         let facts = MediaFacts {
             target_duration_secs: 4,
             is_low_latency: true,
+            takes_directives: true,
             part_target_secs: 0.5,
             ..MediaFacts::default()
         };

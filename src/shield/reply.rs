@@ -67,6 +67,8 @@ pub(super) enum Refusal {
     Empty,
     #[error("{0}")]
     Playlist(#[from] PlaylistError),
+    #[error("the stream's main playlist, from which this one imports variables: {0}")]
+    Imports(PlaylistError),
     #[error("{0}")]
     Engine(#[from] EngineError),
     #[error("{0}")]
@@ -88,7 +90,9 @@ impl Refusal {
             Refusal::NoStream | Refusal::NoKey | Refusal::Stopped => StatusCode::NOT_FOUND,
             Refusal::NotLinked | Refusal::Link(_) | Refusal::ForgedLink => StatusCode::FORBIDDEN,
             Refusal::LinkKeyGone | Refusal::KeyRevoked => StatusCode::GONE,
-            Refusal::Playlist(_) | Refusal::Empty | Refusal::Steering(_) => StatusCode::BAD_GATEWAY,
+            Refusal::Playlist(_) | Refusal::Imports(_) | Refusal::Empty | Refusal::Steering(_) => {
+                StatusCode::BAD_GATEWAY
+            }
             Refusal::Engine(_) | Refusal::NotYet | Refusal::Flow(FlowError::Busy) => {
                 StatusCode::SERVICE_UNAVAILABLE
             }

@@ -377,6 +377,11 @@ impl OriginResponse {
     /// # Errors
     /// [`OriginError::Status`], and [`OriginError::WrongRange`] for another part.
     pub fn partial(self, range: ByteRange) -> Result<Self, OriginError> {
+        // Passed on as it is, it would speak of a Range that the player did not send.
+        if self.header.status == StatusCode::RANGE_NOT_SATISFIABLE {
+            let given = "416, which says that there are none".to_owned();
+            return Err(OriginError::WrongRange { origin: self.origin, range, given });
+        }
         if self.header.status != StatusCode::PARTIAL_CONTENT {
             return self.ok();
         }

@@ -446,7 +446,9 @@ fn a_playlist_may_be_kept_for_half_its_target_duration_and_has_an_etag() {
 #[test]
 fn a_playlist_that_cannot_be_rewritten_is_a_502_with_its_line() {
     let origin = Origin::start(|request| match request.target.as_str() {
-        "/live/ranges.m3u8" => Answer::ok("#EXTM3U\n#EXTINF:4,\n#EXT-X-BYTERANGE:10@0\na.ts\n"),
+        "/live/ranges.m3u8" => Answer::ok("#EXTM3U\n#EXTINF:4,\n#EXT-X-BYTERANGE:10\na.ts\n"),
+        "/live/part.m3u8" => Answer::ok("#EXTM3U\n#EXT-X-PART:DURATION=1\n#EXTINF:4,\na.ts\n"),
+        "/live/variable.m3u8" => Answer::ok("#EXTM3U\n#EXTINF:4,\n{$where}/a.ts\n"),
         "/live/foreign.m3u8" => Answer::ok("#EXTM3U\n#EXTINF:4,\nhttp://evil.example/a.ts\n"),
         "/live/drm.m3u8" => {
             Answer::ok("#EXTM3U\n#EXT-X-KEY:METHOD=SAMPLE-AES,URI=\"skd://k\"\n#EXTINF:4,\na.ts\n")
@@ -456,7 +458,9 @@ fn a_playlist_that_cannot_be_rewritten_is_a_502_with_its_line() {
     });
     let shield = Running::serve(&format!("[playlists]\nmax_bytes = 1000000\n{}", config(&origin, "")));
     for (path, reason) in [
-        ("/live/ranges.m3u8", "line 3: EXT-X-BYTERANGE"),
+        ("/live/ranges.m3u8", "line 3: EXT-X-BYTERANGE: \"10\" has no offset"),
+        ("/live/part.m3u8", "line 2: EXT-X-PART: it has no URI"),
+        ("/live/variable.m3u8", "line 3: the variable \"where\" is not defined"),
         ("/live/foreign.m3u8", "line 3: the URI \"http://evil.example/a.ts\""),
         ("/live/drm.m3u8", "line 2: the origin's segments are already encrypted (METHOD=SAMPLE-AES)"),
         ("/live/long.m3u8", "longer than"),

@@ -90,7 +90,7 @@ impl Playlist {
 }
 
 /// An attribute's value, without its quotes.
-fn attribute(line: &str, name: &str) -> Option<String> {
+pub fn attribute(line: &str, name: &str) -> Option<String> {
     // The name stands behind the tag's colon or another attribute's comma.
     let at = [':', ','].iter().find_map(|before| line.find(&format!("{before}{name}=")))?;
     let value = &line[at + name.len() + 2..];

@@ -12,6 +12,7 @@ mod faults;
 mod fleet;
 mod fleet_origin;
 mod harness;
+mod kinds;
 mod ll_clear;
 mod ll_encoder;
 mod ll_latency;

@@ -145,6 +145,11 @@ impl Origin {
         self.targets().iter().filter(|t| *t == target).count()
     }
 
+    /// Every request for a target so far.
+    pub fn asked(&self, target: &str) -> Vec<Seen> {
+        self.seen.lock().iter().filter(|seen| seen.target == target).cloned().collect()
+    }
+
     pub fn last(&self, target: &str) -> Seen {
         let seen = self.seen.lock();
         seen.iter().rev().find(|seen| seen.target == target).expect("it was asked for").clone()

@@ -6,7 +6,8 @@
 //! with an IV of its own before it (D22 §4.4.4.5 wants the IV written).
 //!
 //! A byte range is a segment of its own: it is linked with the range, and EXT-X-BYTERANGE goes (D22 §4.4.4.2). In an
-//! I-frame playlist the whole file is one chain, into which players reach by ranges of their own (D22 §6.3.6).
+//! I-frame playlist the whole file is one chain, into which players reach by ranges of their own (D22 §6.3.6), unless it
+//! is sealed under AES-256-GCM.
 //!
 //! What cannot be rewritten rightly is refused with its line. A refusal is a clean error; a guess would be ciphertext
 //! that no player can decrypt, or plaintext that slips by. What goes through the lines is `writer.rs`.

@@ -16,7 +16,7 @@ use crate::hls::linker::{Surroundings, Target};
 use crate::hls::multivariant::playlist_uri;
 use crate::hls::playlist::{Content, Line, MediaFacts, Playlist, decimal, value_text};
 use crate::hls::variables::Variables;
-use crate::keys::{Iv, KeyId, MediaSequenceNumber, Place, RenditionTag, Subtitles};
+use crate::keys::{Iv, KeyId, KeyMethod, MediaSequenceNumber, Place, RenditionTag, Subtitles};
 
 /// An EXT-X-KEY with an IV needs at least this version (D22 §8).
 const VERSION_WITH_IV: u64 = 2;
@@ -145,13 +145,18 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
         let is_gap = named("-X-GAP").is_some();
         // What an EXT-X-MAP or EXT-X-KEY in between puts in force is not what the segment needs.
         let settled = named("-X-MAP").max(named("-X-KEY"));
+        // The range of a gap counts all the same: the next one may go on where it ends (D22 §4.4.4.2).
+        let range = self.range_of(&lines, uri.text)?;
         let ready = if is_gap {
             None
         } else {
             let encryption = self.encryption_behind(&lines)?;
-            let range = self.range_of(&lines, uri.text)?;
-            // A file of I-frames has several numbers, and one IV.
+            // A file of I-frames has no number of its own, whatever those of its frames are.
             let msn = (!self.is_i_frames_only).then_some(self.msn);
+            if self.is_i_frames_only && range.is_some() && matches!(encryption, Encryption::Rekeyed { .. }) {
+                let why = "I-frames within one file, for a stream under AES-256-GCM".to_owned();
+                return Err(Problem::NotRekeyable { why }.at(number));
+            }
             let target = Target { place: self.place(), range, encryption, msn };
             Some(self.ready(uri.text, &target).map_err(|problem| problem.at(number))?)
         };
@@ -160,7 +165,11 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
             if let Some(ready) = ready.as_ref().filter(|_| is_inf && settled.is_none_or(|last| last < at)) {
                 self.put_in_force(ready);
             }
-            self.tag_line((*number, line))?;
+            if is_gap && line.tag_name() == Some("-X-BYTERANGE") {
+                self.copy(line);
+            } else {
+                self.tag_line((*number, line))?;
+            }
         }
         match ready {
             Some(ready) => {
@@ -184,7 +193,7 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
             Some("-X-KEY") => self.origins_key(line),
             Some("-X-VERSION") => self.version(line),
             // The range is in the link.
-            Some("-X-BYTERANGE") if !self.is_i_frames_only => Ok(()),
+            Some("-X-BYTERANGE") if self.are_ranges_linked() => Ok(()),
             Some("-X-PART") => self.part(line),
             Some("-X-PRELOAD-HINT") => self.hint(line),
             Some("-X-RENDITION-REPORT") => self.report(line),
@@ -204,8 +213,15 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
         behind.map_err(|problem| problem.at(*number))
     }
 
-    /// The range that the last EXT-X-BYTERANGE of these lines says. The ranges of an I-frame playlist are the
-    /// players' business: they lie in a file that is encrypted whole (D22 §6.3.6).
+    /// Whether each range is a resource of its own. The ranges of an I-frame playlist are the players' business: they
+    /// lie in a file that is one chain (D22 §6.3.6). Into what AES-256-GCM has sealed nobody can reach, so there each
+    /// I-frame is sealed by itself.
+    fn are_ranges_linked(&self) -> bool {
+        let is_sealed = |key: PeriodKey<'_>| key.cipher.method == KeyMethod::Aes256Gcm;
+        !self.is_i_frames_only || (self.rewrite.key_at)(self.msn).is_some_and(is_sealed)
+    }
+
+    /// The range that the last EXT-X-BYTERANGE of these lines says, where it belongs into the link.
     fn range_of(
         &mut self,
         lines: &[Numbered<'p>],
@@ -213,7 +229,7 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
     ) -> Result<Option<crate::keys::ByteRange>, PlaylistError> {
         let tag = lines.iter().rev().find(|(_, line)| line.tag_name() == Some("-X-BYTERANGE"));
         match tag {
-            Some((number, Line { content: Content::Tag(tag), .. })) if !self.is_i_frames_only => {
+            Some((number, Line { content: Content::Tag(tag), .. })) if self.are_ranges_linked() => {
                 let range = self.last_range.read((&tag_name(tag), value_text(tag)), uri, None);
                 range.map(Some).map_err(|problem| problem.at(*number))
             }
