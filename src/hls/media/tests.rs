@@ -139,6 +139,20 @@ fn a_version_that_is_missing_or_too_low_is_raised_and_no_further() {
     assert!(low.starts_with("#EXTM3U\n#EXT-X-VERSION:2\n#EXT-X-KEY"), "{low}");
 }
 
+#[test]
+fn a_version_is_raised_for_what_the_playlist_has_and_only_where_an_iv_was_written() {
+    let fmp4 = "#EXTM3U\n#EXT-X-MAP:URI=\"i.mp4\"\n#EXTINF:6.5,\na.m4s\n";
+    let output = rewrite(fmp4, |_| {}).unwrap();
+    assert!(output.starts_with("#EXTM3U\n#EXT-X-VERSION:6\n#EXT-X-MAP"), "{output}");
+    let low = "#EXTM3U\n#EXT-X-VERSION:1\r\n#EXTINF:6,\na.ts\n";
+    assert!(rewrite(low, |_| {}).unwrap().starts_with("#EXTM3U\n#EXT-X-VERSION:2\r\n#EXT-X-KEY"));
+    let gcm = Keys { method: KeyMethod::Aes256Gcm, ..Keys::default() };
+    assert!(rewrite_where(gcm, low, |_| {}).unwrap().starts_with("#EXTM3U\n#EXT-X-VERSION:1\r\n#EXT-X-KEY"));
+    let subtitles = "#EXTM3U\n#EXTINF:6,\na.vtt\n";
+    let output = rewrite(subtitles, |rewrite| rewrite.subtitles = Subtitles::Clear).unwrap();
+    assert!(output.starts_with("#EXTM3U\n#EXTINF"), "{output}");
+}
+
 const FMP4: &str = "#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-MEDIA-SEQUENCE:100\n\
     #EXT-X-MAP:URI=\"init.mp4\",X-ODD=1\n#EXTINF:6,\na.m4s\n\
     #EXT-X-DISCONTINUITY\n#EXT-X-MAP:URI=\"../ads/init.mp4\"\n#EXTINF:6,\nb.m4s\n";

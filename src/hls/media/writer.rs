@@ -4,8 +4,10 @@
 //! it, and some of what is done to it (nothing, for a gap) follows from them. What EXT-X-KEY is in force is kept as
 //! players keep it, and a KEY is written whenever what comes next needs another one.
 
+use std::ops::Range;
+
 use quick_m3u8::tag::IntoInnerTag;
-use quick_m3u8::tag::hls::{Key, Method, Version};
+use quick_m3u8::tag::hls::{Key, Method};
 
 use super::{MediaRewrite, PeriodKey};
 use crate::hls::attributes::{Attributes, Edits, tag_name};
@@ -16,10 +18,8 @@ use crate::hls::linker::{Surroundings, Target};
 use crate::hls::multivariant::playlist_uri;
 use crate::hls::playlist::{Content, Line, MediaFacts, Playlist, decimal, value_text};
 use crate::hls::variables::Variables;
+use crate::hls::version;
 use crate::keys::{Iv, KeyId, MediaSequenceNumber, Place, RenditionTag, Subtitles};
-
-/// An EXT-X-KEY with an IV needs at least this version (D22 §8).
-const VERSION_WITH_IV: u64 = 2;
 
 /// What EXT-X-KEY is in force for the lines that follow.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -45,7 +45,10 @@ pub(super) struct Writer<'p, 'r, 'a> {
     around: &'r Surroundings<'a>,
     /// The line ending of what is added.
     ending: &'p str,
-    needs_version: bool,
+    /// Where a version that is too low for an IV stands in `out`, or where the one that is missing goes, and what
+    /// goes behind it.
+    low_version: Option<(Range<usize>, &'p str)>,
+    has_written_iv: bool,
     is_i_frames_only: bool,
     /// In low-latency playlists.
     rendition: Option<RenditionTag>,
@@ -70,7 +73,8 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
             rewrite,
             around: &rewrite.surroundings,
             ending: if ending.is_empty() { "\n" } else { ending },
-            needs_version: !has_version(playlist) && (facts.segments > 0 || facts.has_open_segment),
+            low_version: None,
+            has_written_iv: false,
             is_i_frames_only: facts.is_i_frames_only,
             rendition: facts.is_low_latency.then(|| RenditionTag::of(rewrite.rendition)),
             leaves_clear: rewrite.subtitles == Subtitles::Clear && is_web_vtt(playlist),
@@ -104,12 +108,13 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
                 }
                 _ => pending.push((number, line)),
             }
-            if number == 1 && self.needs_version {
+            if number == 1 && !has_version(self.playlist) {
                 self.rest(std::mem::take(&mut pending))?;
-                self.line(&version_line());
+                self.low_version = Some((self.out.len()..self.out.len(), self.ending));
             }
         }
         self.rest(pending)?;
+        self.raise_version();
         Ok(self.out)
     }
 
@@ -286,6 +291,7 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
                 }
                 let line = self.key_line(key, *iv);
                 self.line(&line);
+                self.has_written_iv |= iv.is_some();
                 self.in_force = wanted;
             }
         }
@@ -439,13 +445,19 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
 
     fn version(&mut self, line: &Line<'p>) -> Result<(), Problem> {
         let Content::Tag(tag) = line.content else { return Ok(()) };
-        if decimal(&tag)? >= VERSION_WITH_IV {
-            self.copy(line);
-        } else {
-            self.out.push_str(&version_line());
-            self.out.push_str(line.ending);
+        let start = self.out.len();
+        self.copy(line);
+        if decimal(&tag)? < version::WITH_IV {
+            self.low_version = Some((start..start + line.text.len(), ""));
         }
         Ok(())
+    }
+
+    /// Only now is it known whether an IV was written: one of GCM is not, nor is that of clear subtitles.
+    fn raise_version(&mut self) {
+        if let Some((place, ending)) = self.low_version.take().filter(|_| self.has_written_iv) {
+            self.out.replace_range(place, &(version::line_for(self.playlist) + ending));
+        }
     }
 
     fn line(&mut self, text: &str) {
@@ -480,10 +492,6 @@ enum Needs<'a> {
 
 fn has_version(playlist: &Playlist<'_>) -> bool {
     playlist.lines.iter().any(|line| line.tag_name() == Some("-X-VERSION"))
-}
-
-fn version_line() -> String {
-    String::from_utf8_lossy(Version::new(VERSION_WITH_IV).into_inner().value()).into_owned()
 }
 
 /// Whether all segments are WebVTT (D22 §3.1.4), by the ends of their paths.
