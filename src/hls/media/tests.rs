@@ -203,6 +203,33 @@ fn a_gap_links_nothing() {
 }
 
 #[test]
+fn a_range_behind_a_gap_follows_the_gaps() {
+    let output = rewrite(
+        "#EXTM3U\n#EXT-X-VERSION:8\n#EXTINF:6,\n#EXT-X-BYTERANGE:10@0\na.ts\n\
+         #EXT-X-GAP\n#EXTINF:6,\n#EXT-X-BYTERANGE:20\na.ts\n\
+         #EXTINF:6,\n#EXT-X-BYTERANGE:40\na.ts\n",
+        |_| {},
+    )
+    .unwrap();
+    assert!(output.contains(".2.30-40."), "{output}");
+    assert!(!output.contains("BYTERANGE"), "what stays would follow a range that is not there: {output}");
+}
+
+#[test]
+fn the_key_of_a_parent_stands_before_a_first_part_that_is_a_gap() {
+    check(
+        "#EXTM3U\n#EXT-X-VERSION:9\n#EXT-X-PART:DURATION=1,GAP=YES,BYTERANGE=\"7@0\",URI=\"data:,x\"\n\
+         #EXT-X-PART:DURATION=1,GAP=YES,BYTERANGE=\"7@0\",URI=\"a.ts\"\n\
+         #EXT-X-PART:DURATION=1,BYTERANGE=\"7\",URI=\"a.ts\"\n",
+        |rewrite| rewrite.rendition = "r",
+        "#EXTM3U\n#EXT-X-VERSION:9\n#EXT-X-PART:DURATION=1,GAP=YES,URI=\"data:,x\"\n\
+         #EXT-X-KEY:METHOD=AES-128,URI=\"/api/hls/keys/{0}\",IV=\n\
+         #EXT-X-PART:DURATION=1,GAP=YES,URI=\"a.ts\"\n\
+         #EXT-X-PART:DURATION=1,URI=\"~{0}.0-454349e422f0.7-7/a.ts\"\n",
+    );
+}
+
+#[test]
 fn a_key_of_method_none_is_ours_to_leave_out() {
     let output = rewrite("#EXTM3U\n#EXT-X-KEY:METHOD=NONE\n#EXTINF:6,\na.ts\n#EXT-X-ENDLIST", |_| {});
     let output = output.unwrap();

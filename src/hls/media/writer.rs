@@ -150,11 +150,12 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
         let is_gap = named("-X-GAP").is_some();
         // What an EXT-X-MAP or EXT-X-KEY in between puts in force is not what the segment needs.
         let settled = named("-X-MAP").max(named("-X-KEY"));
+        // What follows a gap within a file follows its range too.
+        let range = self.range_of(&lines, uri.text)?;
         let ready = if is_gap {
             None
         } else {
             let encryption = self.encryption_behind(&lines)?;
-            let range = self.range_of(&lines, uri.text)?;
             let target = Target { place: self.place(), range, encryption, msn: Some(self.msn) };
             Some(self.ready(uri.text, &target).map_err(|problem| problem.at(number))?)
         };
@@ -376,15 +377,19 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
             }
             None => None,
         };
-        if attributes.unquoted("GAP") == Some("YES") {
-            self.copy(line);
-            return Ok(());
-        }
         let target = Target { place: self.place(), range, encryption: self.encryption, msn: Some(self.msn) };
-        let ready = self.ready(uri, &target)?;
-        self.put_in_force(&ready);
+        let ready = self.ready(uri, &target);
         let mut edits = Edits::of(line.text);
-        edits.replace(uri, ready.uri);
+        if attributes.unquoted("GAP") == Some("YES") {
+            // Nobody fetches it, so its URI may lead anywhere; but the KEY of its parent stands before all parts.
+            if let Ok(ready) = ready {
+                self.put_in_force(&ready);
+            }
+        } else {
+            let ready = ready?;
+            self.put_in_force(&ready);
+            edits.replace(uri, ready.uri);
+        }
         edits.remove(&attributes, "BYTERANGE");
         self.edited(edits, line);
         Ok(())
