@@ -3,7 +3,7 @@
 use super::*;
 use crate::hls::error::Problem;
 use crate::hls::tests::around;
-use crate::keys::IvMode;
+use crate::keys::{IvMode, OnEncrypted};
 
 /// Rewrites with ordinal 0 up to MSN 101 and ordinal 1 from there on.
 fn rewrite(input: &str, change: impl FnOnce(&mut MediaRewrite<'_>)) -> Result<String, PlaylistError> {
@@ -227,6 +227,43 @@ fn the_key_of_a_parent_stands_before_a_first_part_that_is_a_gap() {
          #EXT-X-PART:DURATION=1,GAP=YES,URI=\"a.ts\"\n\
          #EXT-X-PART:DURATION=1,URI=\"~{0}.0-454349e422f0.7-7/a.ts\"\n",
     );
+}
+
+const I_FRAMES: &str = "#EXTM3U\n#EXT-X-VERSION:6\n#EXT-X-I-FRAMES-ONLY\n\
+    #EXT-X-MAP:URI=\"a.mp4\",BYTERANGE=\"20@0\"\n\
+    #EXTINF:6,\n#EXT-X-BYTERANGE:10@20\na.mp4\n#EXTINF:6,\n#EXT-X-BYTERANGE:10\na.mp4\n";
+
+#[test]
+fn i_frames_are_ranges_of_a_file_and_segments_of_their_own_where_nothing_reaches_into_a_file() {
+    let output = rewrite(I_FRAMES, |_| {}).unwrap();
+    let frames =
+        |text: &str| text.lines().filter(|l| l.contains("~00")).map(str::to_owned).collect::<Vec<_>>();
+    assert!(output.contains("#EXT-X-BYTERANGE:10@20\n~") && output.contains(".iframes."), "{output}");
+    assert_eq!(frames(&output)[0], frames(&output)[1], "one file");
+
+    let gcm = || Keys { method: KeyMethod::Aes256Gcm, ..Keys::default() };
+    let output = rewrite_where(gcm(), I_FRAMES, |_| {}).unwrap();
+    assert!(frames(&output)[0].contains(".0.20-10.") && frames(&output)[1].contains(".1.30-10."), "{output}");
+    assert!(!output.contains("BYTERANGE"), "{output}");
+
+    let without_map = I_FRAMES.replace("#EXT-X-MAP:URI=\"a.mp4\",BYTERANGE=\"20@0\"\n", "");
+    assert!(rewrite(&without_map, |_| {}).is_ok());
+    let error = rewrite_where(gcm(), &without_map, |_| {}).unwrap_err();
+    assert!(matches!(error.problem, Problem::BadTag { .. }), "{error:?}");
+}
+
+#[test]
+fn a_file_of_i_frames_is_encrypted_anew_only_by_an_iv_of_its_own() {
+    let encrypted = |iv: &str| {
+        let key = format!("#EXT-X-I-FRAMES-ONLY\n#EXT-X-KEY:METHOD=AES-128,URI=\"k\"{iv}\n");
+        I_FRAMES.replace("#EXT-X-I-FRAMES-ONLY\n", &key).replace("#EXT-X-MAP", "# no map")
+    };
+    let rekey = |rewrite: &mut MediaRewrite<'_>| rewrite.surroundings.on_encrypted = OnEncrypted::Rekey;
+    let output = rewrite(&encrypted(",IV=0x01"), rekey).unwrap();
+    let files: Vec<_> = output.lines().filter(|line| line.contains(".iframes.k.")).collect();
+    assert_eq!((files.len(), files[0]), (2, files[1]));
+    let error = rewrite(&encrypted(""), rekey).unwrap_err();
+    assert!(matches!(error.problem, Problem::NotRekeyable { .. }), "{error:?}");
 }
 
 #[test]

@@ -19,7 +19,7 @@ use crate::hls::multivariant::playlist_uri;
 use crate::hls::playlist::{Content, Line, MediaFacts, Playlist, decimal, value_text};
 use crate::hls::variables::Variables;
 use crate::hls::version;
-use crate::keys::{Iv, KeyId, MediaSequenceNumber, Place, RenditionTag, Subtitles};
+use crate::keys::{ByteRange, Iv, KeyId, KeyMethod, MediaSequenceNumber, Place, RenditionTag, Subtitles};
 
 /// What EXT-X-KEY is in force for the lines that follow.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -50,6 +50,10 @@ pub(super) struct Writer<'p, 'r, 'a> {
     low_version: Option<(Range<usize>, &'p str)>,
     has_written_iv: bool,
     is_i_frames_only: bool,
+    /// Ranges of the present segment go into its link.
+    links_ranges: bool,
+    /// An EXT-X-MAP has been seen.
+    has_map: bool,
     /// In low-latency playlists.
     rendition: Option<RenditionTag>,
     /// The segments are subtitles, and stay in clear.
@@ -76,6 +80,8 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
             low_version: None,
             has_written_iv: false,
             is_i_frames_only: facts.is_i_frames_only,
+            links_ranges: !facts.is_i_frames_only,
+            has_map: false,
             rendition: facts.is_low_latency.then(|| RenditionTag::of(rewrite.rendition)),
             leaves_clear: rewrite.subtitles == Subtitles::Clear && is_web_vtt(playlist),
             variables: Variables::default(),
@@ -150,14 +156,17 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
         let is_gap = named("-X-GAP").is_some();
         // What an EXT-X-MAP or EXT-X-KEY in between puts in force is not what the segment needs.
         let settled = named("-X-MAP").max(named("-X-KEY"));
-        // What follows a gap within a file follows its range too.
+        let encryption = self.encryption_behind(&lines)?;
+        self.links_ranges = !self.is_i_frames_only || self.seals_i_frames_apart(encryption);
+        // Of a gap too: what follows it within a file follows its range.
         let range = self.range_of(&lines, uri.text)?;
         let ready = if is_gap {
             None
         } else {
-            let encryption = self.encryption_behind(&lines)?;
-            let target = Target { place: self.place(), range, encryption, msn: Some(self.msn) };
-            Some(self.ready(uri.text, &target).map_err(|problem| problem.at(number))?)
+            let has_map = self.has_map || named("-X-MAP").is_some();
+            let target =
+                self.target(encryption, range, has_map).and_then(|target| self.ready(uri.text, &target));
+            Some(target.map_err(|problem| problem.at(number))?)
         };
         for (at, (number, line)) in lines.iter().enumerate() {
             let is_inf = line.tag_name() == Some("INF");
@@ -188,7 +197,7 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
             Some("-X-KEY") => self.origins_key(line),
             Some("-X-VERSION") => self.version(line),
             // The range is in the link.
-            Some("-X-BYTERANGE") if !self.is_i_frames_only => Ok(()),
+            Some("-X-BYTERANGE") if self.links_ranges => Ok(()),
             Some("-X-PART") => self.part(line),
             Some("-X-PRELOAD-HINT") => self.hint(line),
             Some("-X-RENDITION-REPORT") => self.report(line),
@@ -208,16 +217,46 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
         behind.map_err(|problem| problem.at(*number))
     }
 
-    /// The range that the last EXT-X-BYTERANGE of these lines says. The ranges of an I-frame playlist are the
-    /// players' business: they lie in a file that is encrypted whole (D22 §6.3.6).
-    fn range_of(
-        &mut self,
-        lines: &[Numbered<'p>],
-        uri: &'p str,
-    ) -> Result<Option<crate::keys::ByteRange>, PlaylistError> {
+    /// Whether the ranges of an I-frame playlist are segments of their own. Into CBC players reach by ranges (D22
+    /// §6.3.6), but of what is sealed by AES-256-GCM nothing can be opened but the whole.
+    fn seals_i_frames_apart(&self, encryption: Encryption<'_>) -> bool {
+        let key = (self.rewrite.key_at)(self.msn);
+        encryption != Encryption::Kept && key.is_some_and(|key| key.cipher.method == KeyMethod::Aes256Gcm)
+    }
+
+    /// What the present segment's URI leads to.
+    fn target(
+        &self,
+        encryption: Encryption<'p>,
+        range: Option<ByteRange>,
+        has_map: bool,
+    ) -> Result<Target<'p>, Problem> {
+        if !self.is_i_frames_only {
+            return Ok(Target { place: self.place(), range, encryption, msn: Some(self.msn) });
+        }
+        if range.is_none() {
+            // One file has one IV, whatever the numbers of its entries.
+            return Ok(Target { place: Place::IFrames, range, encryption, msn: None });
+        }
+        if matches!(encryption, Encryption::Rekeyed { .. }) {
+            let why = "a range of a file of I-frames, under AES-256-GCM".into();
+            return Err(Problem::NotRekeyable { why });
+        }
+        if !has_map {
+            // D22 §4.4.3.6: then the head of the file is needed to read its frames, and it cannot be sealed apart.
+            let why =
+                "AES-256-GCM cannot encrypt ranges of files whose initialization no EXT-X-MAP names".into();
+            return Err(Problem::BadTag { tag: "EXT-X-I-FRAMES-ONLY".into(), why });
+        }
+        Ok(Target { place: Place::Segment(self.msn), range, encryption, msn: Some(self.msn) })
+    }
+
+    /// The range that the last EXT-X-BYTERANGE of these lines says, where it goes into the link. Those of an I-frame
+    /// playlist stay: they lie in a file that is encrypted whole (D22 §6.3.6).
+    fn range_of(&mut self, lines: &[Numbered<'p>], uri: &'p str) -> Result<Option<ByteRange>, PlaylistError> {
         let tag = lines.iter().rev().find(|(_, line)| line.tag_name() == Some("-X-BYTERANGE"));
         match tag {
-            Some((number, Line { content: Content::Tag(tag), .. })) if !self.is_i_frames_only => {
+            Some((number, Line { content: Content::Tag(tag), .. })) if self.links_ranges => {
                 let range = self.last_range.read((&tag_name(tag), value_text(tag)), uri, None);
                 range.map(Some).map_err(|problem| problem.at(*number))
             }
@@ -327,6 +366,7 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
             Some(text) => Some(LastRange::default().read((&tag_name(&tag), text), uri, Some(0))?),
             None => None,
         };
+        self.has_map = true;
         let place = if self.rewrite.encrypt_init_sections { Place::Init } else { Place::Clear };
         let target = Target { place, range, encryption: self.encryption, msn: None };
         let ready = self.ready(uri, &target)?;
