@@ -267,6 +267,27 @@ fn a_file_of_i_frames_is_encrypted_anew_only_by_an_iv_of_its_own() {
 }
 
 #[test]
+fn segments_whose_encryption_was_skipped_are_not_taken_to_be_clear() {
+    let skip = |lines: &str| format!("#EXTM3U\n#EXT-X-VERSION:9\n#EXT-X-SKIP:SKIPPED-SEGMENTS=2\n{lines}");
+    let [rekey, pass] = [OnEncrypted::Rekey, OnEncrypted::Pass]
+        .map(|on| move |lines: &str| rewrite(&skip(lines), |rewrite| rewrite.surroundings.on_encrypted = on));
+    for lines in [
+        "#EXTINF:6,\na.ts\n",
+        "#EXT-X-MAP:URI=\"i.mp4\"\n",
+        "#EXT-X-PART:DURATION=1,URI=\"a.ts\"\n",
+        "#EXT-X-PRELOAD-HINT:TYPE=PART,URI=\"a.ts\"\n",
+    ] {
+        for error in [rekey(lines).unwrap_err(), pass(lines).unwrap_err()] {
+            assert_eq!((error.line, error.problem), (4, Problem::UnknownEncryption), "{lines}");
+        }
+        assert!(rewrite(&skip(lines), |_| {}).is_ok(), "{lines}");
+    }
+    let told = "#EXT-X-KEY:METHOD=AES-128,URI=\"k\",IV=0x01\n#EXTINF:6,\na.ts\n";
+    assert!(rekey(told).unwrap().contains(".2.k."));
+    assert!(pass(told).unwrap().contains(".clear."));
+}
+
+#[test]
 fn a_key_of_method_none_is_ours_to_leave_out() {
     let output = rewrite("#EXTM3U\n#EXT-X-KEY:METHOD=NONE\n#EXTINF:6,\na.ts\n#EXT-X-ENDLIST", |_| {});
     let output = output.unwrap();

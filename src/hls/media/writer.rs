@@ -19,7 +19,9 @@ use crate::hls::multivariant::playlist_uri;
 use crate::hls::playlist::{Content, Line, MediaFacts, Playlist, decimal, value_text};
 use crate::hls::variables::Variables;
 use crate::hls::version;
-use crate::keys::{ByteRange, Iv, KeyId, KeyMethod, MediaSequenceNumber, Place, RenditionTag, Subtitles};
+use crate::keys::{
+    ByteRange, Iv, KeyId, KeyMethod, MediaSequenceNumber, OnEncrypted, Place, RenditionTag, Subtitles,
+};
 
 /// What EXT-X-KEY is in force for the lines that follow.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -61,6 +63,8 @@ pub(super) struct Writer<'p, 'r, 'a> {
     variables: Variables,
     msn: MediaSequenceNumber,
     encryption: Encryption<'p>,
+    /// Segments were skipped, and the KEY of the origin that stood among them may go on.
+    is_encryption_unknown: bool,
     last_range: LastRange<'p>,
     last_part_range: LastRange<'p>,
     /// A part of the playlist is a byte range.
@@ -87,6 +91,7 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
             variables: Variables::default(),
             msn: facts.media_sequence,
             encryption: Encryption::Clear,
+            is_encryption_unknown: false,
             last_range: LastRange::default(),
             last_part_range: LastRange::default(),
             has_part_ranges: false,
@@ -140,6 +145,8 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
         let skipped = Attributes::of(tag)?.decimal("SKIPPED-SEGMENTS")?.unwrap_or_default();
         self.msn = self.msn.plus(skipped);
         self.in_force = InForce::Unknown;
+        // Under `reject` the whole playlist, which players have seen before, had no KEY.
+        self.is_encryption_unknown = self.around.on_encrypted != OnEncrypted::Reject;
         self.last_range.forget();
         self.copy(line);
         Ok(())
@@ -212,7 +219,11 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
     /// How the origin has encrypted what stands behind these lines.
     fn encryption_behind(&self, lines: &[Numbered<'p>]) -> Result<Encryption<'p>, PlaylistError> {
         let key = lines.iter().rev().find(|(_, line)| line.tag_name() == Some("-X-KEY"));
-        let Some((number, Line { content: Content::Tag(tag), .. })) = key else { return Ok(self.encryption) };
+        let Some((number, Line { content: Content::Tag(tag), .. })) = key else {
+            return self
+                .known_encryption()
+                .map_err(|problem| problem.at(lines.first().map_or(1, |(number, _)| *number)));
+        };
         let behind = Attributes::of(*tag).and_then(|key| Encryption::behind(&key, self.around.on_encrypted));
         behind.map_err(|problem| problem.at(*number))
     }
@@ -249,6 +260,10 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
             return Err(Problem::BadTag { tag: "EXT-X-I-FRAMES-ONLY".into(), why });
         }
         Ok(Target { place: Place::Segment(self.msn), range, encryption, msn: Some(self.msn) })
+    }
+
+    fn known_encryption(&self) -> Result<Encryption<'p>, Problem> {
+        if self.is_encryption_unknown { Err(Problem::UnknownEncryption) } else { Ok(self.encryption) }
     }
 
     /// The range that the last EXT-X-BYTERANGE of these lines says, where it goes into the link. Those of an I-frame
@@ -368,7 +383,7 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
         };
         self.has_map = true;
         let place = if self.rewrite.encrypt_init_sections { Place::Init } else { Place::Clear };
-        let target = Target { place, range, encryption: self.encryption, msn: None };
+        let target = Target { place, range, encryption: self.known_encryption()?, msn: None };
         let ready = self.ready(uri, &target)?;
         self.put_in_force(&ready);
         let mut edits = Edits::of(line.text);
@@ -401,6 +416,7 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
             self.in_force = InForce::Origins;
         }
         self.encryption = behind;
+        self.is_encryption_unknown = false;
         Ok(())
     }
 
@@ -417,7 +433,8 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
             }
             None => None,
         };
-        let target = Target { place: self.place(), range, encryption: self.encryption, msn: Some(self.msn) };
+        let target =
+            Target { place: self.place(), range, encryption: self.known_encryption()?, msn: Some(self.msn) };
         let ready = self.ready(uri, &target);
         let mut edits = Edits::of(line.text);
         if attributes.unquoted("GAP") == Some("YES") {
@@ -462,7 +479,7 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
             (_, None) => return Ok(()),
         };
         let msn = (place == self.place()).then_some(self.msn);
-        let target = Target { place, range, encryption: self.encryption, msn };
+        let target = Target { place, range, encryption: self.known_encryption()?, msn };
         let ready = self.ready(uri, &target)?;
         let mut edits = Edits::of(line.text);
         edits.replace(uri, ready.uri);
