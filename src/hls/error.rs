@@ -30,7 +30,7 @@ pub enum Problem {
         "what the origin has encrypted so cannot be encrypted anew ({why}); on_encrypted = \"pass\" leaves it"
     )]
     NotRekeyable { why: String },
-    #[error("it leaves out the EXT-X-KEY that says how the origin has encrypted what follows")]
+    #[error("EXT-X-SKIP has left out the EXT-X-KEY that says how the origin has encrypted it")]
     UnknownEncryption,
     #[error("the variable {name:?} is not defined")]
     UndefinedVariable { name: String },

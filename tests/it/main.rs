@@ -11,6 +11,7 @@ mod data_plane;
 mod faults;
 mod fleet;
 mod fleet_origin;
+mod golden;
 mod harness;
 mod ll_clear;
 mod ll_encoder;
