@@ -7,7 +7,7 @@ use thiserror::Error;
 #[error("line {line}: {problem}")]
 pub struct PlaylistError {
     pub line: usize,
-    #[source]
+    /// Said with the line, so it is no source of the error that would be said again.
     pub problem: Problem,
 }
 
