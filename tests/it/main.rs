@@ -5,6 +5,7 @@
 
 mod cli;
 mod control_api;
+mod corpus;
 mod daemon;
 mod data_plane;
 #[cfg(feature = "faults")]
