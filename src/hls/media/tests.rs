@@ -369,3 +369,41 @@ fn a_segment_without_a_key_is_refused() {
     let error = rewrite(LIVE, |rewrite| rewrite.key_at = &|_| None).unwrap_err();
     assert_eq!((error.line, error.problem), (6, Problem::NoKey { msn: 101 }));
 }
+
+/// By what is asked and written, not by a clock: each segment costs what each costs in a short playlist.
+#[test]
+fn a_vod_of_100_000_segments_is_rewritten_and_costs_no_more_for_each() {
+    let cost = |segments: usize| {
+        let mut input =
+            "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:6\n#EXT-X-PLAYLIST-TYPE:VOD\n".to_owned();
+        for number in 0..segments {
+            input.push_str(&format!("#EXTINF:6.000,\nseg_{number:06}.ts\n"));
+        }
+        input.push_str("#EXT-X-ENDLIST\n");
+        let (link, asked) = (LinkKey::from_bytes([1; 32]), std::cell::Cell::new(0));
+        let output = around(|around| {
+            let key_at = |_| {
+                asked.set(asked.get() + 1);
+                let id = KeyId::from_bytes([0; 16]);
+                let cipher =
+                    CipherKey { id, method: KeyMethod::Aes128, iv_mode: IvMode::Segment, link: &link };
+                Some(PeriodKey { signer: (id, &link), cipher, successor: None })
+            };
+            let rewrite = MediaRewrite {
+                surroundings: *around,
+                rendition: "/live/ch1/720p.m3u8",
+                encrypt_init_sections: false,
+                subtitles: Subtitles::Encrypt,
+                key_at: &key_at,
+            };
+            rewrite_media(&Playlist::parse(input.as_bytes()).unwrap(), &rewrite).unwrap()
+        });
+        let count = |what: &str| output.lines().filter(|line| line.contains(what)).count();
+        assert_eq!((count("#EXT-X-KEY"), count("/seg_")), (segments, segments));
+        (asked.get(), output.len())
+    };
+    let ((few_asked, few_bytes), (many_asked, many_bytes)) = (cost(1_000), cost(100_000));
+    assert_eq!(many_asked, 100 * few_asked);
+    // The numbers in the links have up to two digits more.
+    assert!(many_bytes <= 102 * few_bytes, "{many_bytes} bytes, {few_bytes} of a hundredth");
+}
