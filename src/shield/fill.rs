@@ -114,7 +114,7 @@ impl Fill {
             Some(key) => {
                 let resource = self.link.resource(&self.mount.origin, &self.path);
                 let iv = key.secrets.link.iv(key.iv_mode, &resource);
-                Encryption::Cbc(SegmentEncryptor::new(&key.secrets.content, iv))
+                Encryption::Cbc(Box::new(SegmentEncryptor::new(&key.secrets.content, iv)))
             }
         }
     }
@@ -149,7 +149,8 @@ impl Fill {
 /// Our encryption, under way.
 enum Encryption {
     None,
-    Cbc(SegmentEncryptor),
+    /// With its key schedule, which is by far the largest.
+    Cbc(Box<SegmentEncryptor>),
     /// The plaintext, until it is whole.
     Gcm(BytesMut),
 }
