@@ -236,7 +236,7 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
             return Ok(Target { place: Place::IFrames, range, encryption, msn: None });
         }
         if matches!(encryption, Encryption::Rekeyed { .. }) {
-            let why = "a range of a file of I-frames, under AES-256-GCM".into();
+            let why = "I-frames within one file, for a stream under AES-256-GCM".into();
             return Err(Problem::NotRekeyable { why });
         }
         if !has_map {
