@@ -59,12 +59,21 @@ fn mounts(options: &RewriteOptions) -> anyhow::Result<Mounts> {
         let parsed = url::Url::parse(url).with_context(|| format!("{url:?} is not an absolute URL"))?;
         Ok(BaseUrl::parse(&parsed.origin().ascii_serialization())?)
     };
-    let mut mounts = vec![Mount::new("sample".into(), "/", vec![site(&options.url)?], false)?];
-    for (number, url) in (1..).zip(&options.allowed) {
-        let name = format!("origin-{number}");
-        let path = format!("/{name}");
-        mounts.push(Mount::new(name, &path, vec![site(url)?], false)?);
+    let mut origins = vec![vec![site(&options.url)?]];
+    for url in &options.allowed {
+        let site = site(url)?;
+        // One host by http and by https is one origin with two addresses.
+        let same = |bases: &&mut Vec<BaseUrl>| bases.iter().any(|base| base.host() == site.host());
+        match origins.iter_mut().find(same) {
+            Some(bases) => bases.push(site),
+            None => origins.push(vec![site]),
+        }
     }
+    let mount = |(number, bases): (usize, Vec<BaseUrl>)| match number {
+        0 => Mount::new("sample".into(), "/", bases, false),
+        number => Mount::new(format!("origin-{number}"), &format!("/origin-{number}"), bases, false),
+    };
+    let mut mounts = origins.into_iter().enumerate().map(mount).collect::<Result<Vec<_>, _>>()?;
     for mount in &mut mounts {
         mount.query_params.clone_from(&options.query_params);
     }
@@ -182,5 +191,15 @@ mod tests {
     fn a_refusal_names_the_line() {
         let error = rewrite(b"#EXTM3U\n#EXTINF:4,\nhttps://evil.example/a.ts\n", &options(None)).unwrap_err();
         assert!(format!("{error:#}").contains("line 3"), "{error:#}");
+        assert_eq!(format!("{error:#}").matches("not an allowed origin").count(), 1, "said once");
+    }
+
+    #[test]
+    fn a_host_by_http_and_by_https_is_one_origin() {
+        let allowed = vec!["https://ads.example".into(), "http://ads.example".into()];
+        let options = RewriteOptions { allowed, ..options(Some(1)) };
+        let input = b"#EXTM3U\n#EXTINF:4,\nhttps://ads.example/a.ts\n#EXTINF:4,\nhttp://ads.example/a.ts\n";
+        let output = rewrite(input, &options).unwrap();
+        assert_eq!(output.lines().filter(|line| line.starts_with("/origin-1/~")).count(), 2, "{output}");
     }
 }

@@ -7,7 +7,7 @@ use thiserror::Error;
 #[error("line {line}: {problem}")]
 pub struct PlaylistError {
     pub line: usize,
-    #[source]
+    /// Said with the line, so it is no source of the error that would be said again.
     pub problem: Problem,
 }
 
@@ -30,6 +30,8 @@ pub enum Problem {
         "what the origin has encrypted so cannot be encrypted anew ({why}); on_encrypted = \"pass\" leaves it"
     )]
     NotRekeyable { why: String },
+    #[error("EXT-X-SKIP has left out the EXT-X-KEY that says how the origin has encrypted it")]
+    UnknownEncryption,
     #[error("the variable {name:?} is not defined")]
     UndefinedVariable { name: String },
     #[error("the URI {uri:?} cannot be followed: {why}")]

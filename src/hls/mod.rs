@@ -20,6 +20,7 @@ mod steering;
 #[cfg(test)]
 mod tests;
 mod variables;
+mod version;
 
 pub use error::{PlaylistError, Problem};
 pub use link::{Link, LinkError, LinkedPath, ORIGIN_QUERY_PARAM, OriginKey, read_successor};

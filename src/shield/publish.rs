@@ -18,8 +18,8 @@ use super::service::Shield;
 use super::upstream::OriginError;
 use crate::engine::{Published, PublishedKey, Shown, Stream};
 use crate::hls::{
-    CipherKey, Kind, MediaFacts, MediaRewrite, OriginPath, PeriodKey, Playlist, SessionKey, Surroundings,
-    VariableSources, Variables, rewrite_media, rewrite_multivariant,
+    CipherKey, Kind, MediaFacts, MediaRewrite, OriginPath, PeriodKey, Playlist, PlaylistError, Problem,
+    SessionKey, Surroundings, VariableSources, Variables, rewrite_media, rewrite_multivariant,
 };
 use crate::keys::{MediaSequenceNumber, StreamId};
 
@@ -91,8 +91,8 @@ pub(super) async fn publish(
 
 enum Attempt {
     Done(Rewritten),
-    /// Segments are left out that are under another key now than when the player got them (D22 §6.2.5.1 lets a server
-    /// answer with the whole playlist).
+    /// Segments are left out that are under another key now than when the player got them, or that had the EXT-X-KEY
+    /// of the origin before them (D22 §6.2.5.1 lets a server answer with the whole playlist).
     NeedsWhole,
 }
 
@@ -140,7 +140,7 @@ async fn attempt(
         let keys = key.map(|key| PublishedKey { signer: Arc::clone(&key), cipher: key });
         return Ok(Attempt::Done(finish(text, stream, keys.into_iter().collect(), &facts, directives)));
     }
-    let text = rewrite_media(
+    let rewritten = rewrite_media(
         &playlist,
         &MediaRewrite {
             surroundings,
@@ -149,7 +149,11 @@ async fn attempt(
             subtitles: published.subtitles,
             key_at: &|msn| period_key(&published, msn),
         },
-    )?;
+    );
+    let text = match rewritten {
+        Err(PlaylistError { problem: Problem::UnknownEncryption, .. }) => return Ok(Attempt::NeedsWhole),
+        rewritten => rewritten?,
+    };
     let keys = published.keys().cloned().collect();
     Ok(Attempt::Done(finish(text, stream, keys, &facts, directives)))
 }

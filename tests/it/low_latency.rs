@@ -15,6 +15,7 @@ use crate::ll_clear::{check_ffmpeg, check_low_latency, hls_js_report};
 use crate::ll_media::{PARTS, Place, RENDITIONS};
 use crate::ll_origin::{LlOrigin, MASTER, Parts};
 use crate::ll_playlist::{Follower, Key, Link, Playlist, blocking};
+use crate::origin::{self, Origin};
 
 const VIDEO: usize = 0;
 const AUDIO: usize = 1;
@@ -357,4 +358,28 @@ fn hls_js_plays_the_encrypted_stream_by_parts_over_key_changes() {
     assert_eq!(report["decryptErrors"], 0, "{report}");
     // A key is for three seconds of both renditions.
     assert!(report["keysLoaded"].as_array().unwrap().len() >= 4, "{report}");
+}
+
+#[test]
+fn a_delta_that_leaves_out_how_the_origin_encrypts_becomes_the_whole_playlist() {
+    const HEAD: &str = "#EXTM3U\n#EXT-X-VERSION:9\n#EXT-X-TARGETDURATION:4\n\
+        #EXT-X-SERVER-CONTROL:CAN-SKIP-UNTIL=24.0\n#EXT-X-MEDIA-SEQUENCE:1\n";
+    const KEY: &str = "#EXT-X-KEY:METHOD=AES-128,URI=\"k.bin\",IV=0x01\n";
+    let origin = Origin::start(|request| {
+        origin::Answer::ok(match request.target.contains("_HLS_skip") {
+            true => format!("{HEAD}#EXT-X-SKIP:SKIPPED-SEGMENTS=2\n#EXTINF:4,\nc.ts\n"),
+            false => format!("{HEAD}{KEY}#EXTINF:4,\na.ts\n#EXTINF:4,\nb.ts\n#EXTINF:4,\nc.ts\n"),
+        })
+    });
+    let url = origin.url();
+    let shield = Running::serve(&format!(
+        "[[origins]]\nname = \"main\"\nurls = [\"{url}\"]\n\
+         [[streams]]\nid = \"live\"\nplaylist_url = \"{url}/live/index.m3u8\"\n\
+         [streams.policy]\non_encrypted = \"rekey\"\n"
+    ));
+    let whole = shield.get("/live/index.m3u8").text();
+    let delta = shield.get("/live/index.m3u8?_HLS_skip=YES").text();
+    assert_eq!(delta, whole);
+    assert_eq!(whole.matches(".k.").count(), 3, "{whole}");
+    assert!(origin.count("/live/index.m3u8?_HLS_skip=YES") > 0, "the origin was asked for a delta");
 }

@@ -5,12 +5,14 @@
 
 mod cli;
 mod control_api;
+mod corpus;
 mod daemon;
 mod data_plane;
 #[cfg(feature = "faults")]
 mod faults;
 mod fleet;
 mod fleet_origin;
+mod golden;
 mod harness;
 mod kinds;
 mod ll_clear;

@@ -4,8 +4,12 @@
 //! it, and some of what is done to it (nothing, for a gap) follows from them. What EXT-X-KEY is in force is kept as
 //! players keep it, and a KEY is written whenever what comes next needs another one.
 
+mod low_latency;
+
+use std::ops::Range;
+
 use quick_m3u8::tag::IntoInnerTag;
-use quick_m3u8::tag::hls::{Key, Method, Version};
+use quick_m3u8::tag::hls::{Key, Method};
 
 use super::{MediaRewrite, PeriodKey};
 use crate::hls::attributes::{Attributes, Edits, tag_name};
@@ -13,13 +17,10 @@ use crate::hls::byte_range::LastRange;
 use crate::hls::encrypted::Encryption;
 use crate::hls::error::{PlaylistError, Problem};
 use crate::hls::linker::{Surroundings, Target};
-use crate::hls::multivariant::playlist_uri;
 use crate::hls::playlist::{Content, Line, MediaFacts, Playlist, decimal, value_text};
 use crate::hls::variables::Variables;
-use crate::keys::{Iv, KeyId, KeyMethod, MediaSequenceNumber, Place, RenditionTag, Subtitles};
-
-/// An EXT-X-KEY with an IV needs at least this version (D22 §8).
-const VERSION_WITH_IV: u64 = 2;
+use crate::hls::version;
+use crate::keys::{ByteRange, Iv, KeyId, KeyMethod, MediaSequenceNumber, Place, RenditionTag, Subtitles};
 
 /// What EXT-X-KEY is in force for the lines that follow.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -45,8 +46,15 @@ pub(super) struct Writer<'p, 'r, 'a> {
     around: &'r Surroundings<'a>,
     /// The line ending of what is added.
     ending: &'p str,
-    needs_version: bool,
+    /// Where a version that is too low for an IV stands in `out`, or where the one that is missing goes, and what
+    /// goes behind it.
+    low_version: Option<(Range<usize>, &'p str)>,
+    has_written_iv: bool,
     is_i_frames_only: bool,
+    /// Ranges of the present segment go into its link.
+    links_ranges: bool,
+    /// An EXT-X-MAP has been seen.
+    has_map: bool,
     /// In low-latency playlists.
     rendition: Option<RenditionTag>,
     /// The segments are subtitles, and stay in clear.
@@ -54,6 +62,8 @@ pub(super) struct Writer<'p, 'r, 'a> {
     variables: Variables,
     msn: MediaSequenceNumber,
     encryption: Encryption<'p>,
+    /// Segments were skipped, and the KEY of the origin that stood among them may go on.
+    is_encryption_unknown: bool,
     last_range: LastRange<'p>,
     last_part_range: LastRange<'p>,
     /// A part of the playlist is a byte range.
@@ -70,13 +80,17 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
             rewrite,
             around: &rewrite.surroundings,
             ending: if ending.is_empty() { "\n" } else { ending },
-            needs_version: !has_version(playlist) && (facts.segments > 0 || facts.has_open_segment),
+            low_version: None,
+            has_written_iv: false,
             is_i_frames_only: facts.is_i_frames_only,
+            links_ranges: !facts.is_i_frames_only,
+            has_map: false,
             rendition: facts.is_low_latency.then(|| RenditionTag::of(rewrite.rendition)),
             leaves_clear: rewrite.subtitles == Subtitles::Clear && is_web_vtt(playlist),
             variables: Variables::default(),
             msn: facts.media_sequence,
             encryption: Encryption::Clear,
+            is_encryption_unknown: false,
             last_range: LastRange::default(),
             last_part_range: LastRange::default(),
             has_part_ranges: false,
@@ -104,12 +118,13 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
                 }
                 _ => pending.push((number, line)),
             }
-            if number == 1 && self.needs_version {
+            if number == 1 && !has_version(self.playlist) {
                 self.rest(std::mem::take(&mut pending))?;
-                self.line(&version_line());
+                self.low_version = Some((self.out.len()..self.out.len(), self.ending));
             }
         }
         self.rest(pending)?;
+        self.raise_version();
         Ok(self.out)
     }
 
@@ -123,17 +138,6 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
         }
     }
 
-    /// D22 §4.4.5.2: the segments that are left out count; of what applied to them, nothing is known.
-    fn skip(&mut self, line: &Line<'p>) -> Result<(), Problem> {
-        let Content::Tag(tag) = line.content else { return Ok(()) };
-        let skipped = Attributes::of(tag)?.decimal("SKIPPED-SEGMENTS")?.unwrap_or_default();
-        self.msn = self.msn.plus(skipped);
-        self.in_force = InForce::Unknown;
-        self.last_range.forget();
-        self.copy(line);
-        Ok(())
-    }
-
     /// A segment, with the lines that belong to it.
     fn segment(
         &mut self,
@@ -145,31 +149,24 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
         let is_gap = named("-X-GAP").is_some();
         // What an EXT-X-MAP or EXT-X-KEY in between puts in force is not what the segment needs.
         let settled = named("-X-MAP").max(named("-X-KEY"));
-        // The range of a gap counts all the same: the next one may go on where it ends (D22 §4.4.4.2).
+        let encryption = self.encryption_behind(&lines)?;
+        self.links_ranges = !self.is_i_frames_only || self.seals_i_frames_apart(encryption);
+        // Of a gap too: what follows it within a file follows its range.
         let range = self.range_of(&lines, uri.text)?;
         let ready = if is_gap {
             None
         } else {
-            let encryption = self.encryption_behind(&lines)?;
-            // A file of I-frames has no number of its own, whatever those of its frames are.
-            let msn = (!self.is_i_frames_only).then_some(self.msn);
-            if self.is_i_frames_only && range.is_some() && matches!(encryption, Encryption::Rekeyed { .. }) {
-                let why = "I-frames within one file, for a stream under AES-256-GCM".to_owned();
-                return Err(Problem::NotRekeyable { why }.at(number));
-            }
-            let target = Target { place: self.place(), range, encryption, msn };
-            Some(self.ready(uri.text, &target).map_err(|problem| problem.at(number))?)
+            let has_map = self.has_map || named("-X-MAP").is_some();
+            let target =
+                self.target(encryption, range, has_map).and_then(|target| self.ready(uri.text, &target));
+            Some(target.map_err(|problem| problem.at(number))?)
         };
         for (at, (number, line)) in lines.iter().enumerate() {
             let is_inf = line.tag_name() == Some("INF");
             if let Some(ready) = ready.as_ref().filter(|_| is_inf && settled.is_none_or(|last| last < at)) {
                 self.put_in_force(ready);
             }
-            if is_gap && line.tag_name() == Some("-X-BYTERANGE") {
-                self.copy(line);
-            } else {
-                self.tag_line((*number, line))?;
-            }
+            self.tag_line((*number, line))?;
         }
         match ready {
             Some(ready) => {
@@ -193,7 +190,7 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
             Some("-X-KEY") => self.origins_key(line),
             Some("-X-VERSION") => self.version(line),
             // The range is in the link.
-            Some("-X-BYTERANGE") if self.are_ranges_linked() => Ok(()),
+            Some("-X-BYTERANGE") if self.links_ranges => Ok(()),
             Some("-X-PART") => self.part(line),
             Some("-X-PRELOAD-HINT") => self.hint(line),
             Some("-X-RENDITION-REPORT") => self.report(line),
@@ -208,28 +205,59 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
     /// How the origin has encrypted what stands behind these lines.
     fn encryption_behind(&self, lines: &[Numbered<'p>]) -> Result<Encryption<'p>, PlaylistError> {
         let key = lines.iter().rev().find(|(_, line)| line.tag_name() == Some("-X-KEY"));
-        let Some((number, Line { content: Content::Tag(tag), .. })) = key else { return Ok(self.encryption) };
+        let Some((number, Line { content: Content::Tag(tag), .. })) = key else {
+            return self
+                .known_encryption()
+                .map_err(|problem| problem.at(lines.first().map_or(1, |(number, _)| *number)));
+        };
         let behind = Attributes::of(*tag).and_then(|key| Encryption::behind(&key, self.around.on_encrypted));
         behind.map_err(|problem| problem.at(*number))
     }
 
-    /// Whether each range is a resource of its own. The ranges of an I-frame playlist are the players' business: they
-    /// lie in a file that is one chain (D22 §6.3.6). Into what AES-256-GCM has sealed nobody can reach, so there each
-    /// I-frame is sealed by itself.
-    fn are_ranges_linked(&self) -> bool {
-        let is_sealed = |key: PeriodKey<'_>| key.cipher.method == KeyMethod::Aes256Gcm;
-        !self.is_i_frames_only || (self.rewrite.key_at)(self.msn).is_some_and(is_sealed)
+    /// Whether the ranges of an I-frame playlist are segments of their own. Into CBC players reach by ranges (D22
+    /// §6.3.6), but of what is sealed by AES-256-GCM nothing can be opened but the whole.
+    fn seals_i_frames_apart(&self, encryption: Encryption<'_>) -> bool {
+        let key = (self.rewrite.key_at)(self.msn);
+        encryption != Encryption::Kept && key.is_some_and(|key| key.cipher.method == KeyMethod::Aes256Gcm)
     }
 
-    /// The range that the last EXT-X-BYTERANGE of these lines says, where it belongs into the link.
-    fn range_of(
-        &mut self,
-        lines: &[Numbered<'p>],
-        uri: &'p str,
-    ) -> Result<Option<crate::keys::ByteRange>, PlaylistError> {
+    /// What the present segment's URI leads to.
+    fn target(
+        &self,
+        encryption: Encryption<'p>,
+        range: Option<ByteRange>,
+        has_map: bool,
+    ) -> Result<Target<'p>, Problem> {
+        if !self.is_i_frames_only {
+            return Ok(Target { place: self.place(), range, encryption, msn: Some(self.msn) });
+        }
+        if range.is_none() {
+            // One file has one IV, whatever the numbers of its entries.
+            return Ok(Target { place: Place::IFrames, range, encryption, msn: None });
+        }
+        if matches!(encryption, Encryption::Rekeyed { .. }) {
+            let why = "I-frames within one file, for a stream under AES-256-GCM".into();
+            return Err(Problem::NotRekeyable { why });
+        }
+        if !has_map {
+            // D22 §4.4.3.6: then the head of the file is needed to read its frames, and it cannot be sealed apart.
+            let why =
+                "AES-256-GCM cannot encrypt ranges of files whose initialization no EXT-X-MAP names".into();
+            return Err(Problem::BadTag { tag: "EXT-X-I-FRAMES-ONLY".into(), why });
+        }
+        Ok(Target { place: Place::Segment(self.msn), range, encryption, msn: Some(self.msn) })
+    }
+
+    fn known_encryption(&self) -> Result<Encryption<'p>, Problem> {
+        if self.is_encryption_unknown { Err(Problem::UnknownEncryption) } else { Ok(self.encryption) }
+    }
+
+    /// The range that the last EXT-X-BYTERANGE of these lines says, where it goes into the link. Those of an I-frame
+    /// playlist stay: they lie in a file that is encrypted whole (D22 §6.3.6).
+    fn range_of(&mut self, lines: &[Numbered<'p>], uri: &'p str) -> Result<Option<ByteRange>, PlaylistError> {
         let tag = lines.iter().rev().find(|(_, line)| line.tag_name() == Some("-X-BYTERANGE"));
         match tag {
-            Some((number, Line { content: Content::Tag(tag), .. })) if self.are_ranges_linked() => {
+            Some((number, Line { content: Content::Tag(tag), .. })) if self.links_ranges => {
                 let range = self.last_range.read((&tag_name(tag), value_text(tag)), uri, None);
                 range.map(Some).map_err(|problem| problem.at(*number))
             }
@@ -304,6 +332,7 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
                 }
                 let line = self.key_line(key, *iv);
                 self.line(&line);
+                self.has_written_iv |= iv.is_some();
                 self.in_force = wanted;
             }
         }
@@ -338,8 +367,9 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
             Some(text) => Some(LastRange::default().read((&tag_name(&tag), text), uri, Some(0))?),
             None => None,
         };
+        self.has_map = true;
         let place = if self.rewrite.encrypt_init_sections { Place::Init } else { Place::Clear };
-        let target = Target { place, range, encryption: self.encryption, msn: None };
+        let target = Target { place, range, encryption: self.known_encryption()?, msn: None };
         let ready = self.ready(uri, &target)?;
         self.put_in_force(&ready);
         let mut edits = Edits::of(line.text);
@@ -372,101 +402,25 @@ impl<'p, 'r, 'a> Writer<'p, 'r, 'a> {
             self.in_force = InForce::Origins;
         }
         self.encryption = behind;
-        Ok(())
-    }
-
-    /// A Partial Segment: its parent's KEY and IV, a chain of its own. The specification says of parts that their
-    /// KEY stands before the first of them (D22 §4.4.4.9); that each is a chain is how players read it.
-    fn part(&mut self, line: &'p Line<'p>) -> Result<(), Problem> {
-        let Content::Tag(tag) = line.content else { return Ok(()) };
-        let attributes = Attributes::of(tag)?;
-        let uri = attributes.required("URI")?;
-        let range = match attributes.quoted("BYTERANGE") {
-            Some(text) => {
-                self.has_part_ranges = true;
-                Some(self.last_part_range.read((&tag_name(&tag), text), uri, Some(0))?)
-            }
-            None => None,
-        };
-        if attributes.unquoted("GAP") == Some("YES") {
-            self.copy(line);
-            return Ok(());
-        }
-        let target = Target { place: self.place(), range, encryption: self.encryption, msn: Some(self.msn) };
-        let ready = self.ready(uri, &target)?;
-        self.put_in_force(&ready);
-        let mut edits = Edits::of(line.text);
-        edits.replace(uri, ready.uri);
-        edits.remove(&attributes, "BYTERANGE");
-        self.edited(edits, line);
-        Ok(())
-    }
-
-    /// A hint at a part or an init section that is not there yet: the link that it will have (D22 §4.4.5.3 wants the
-    /// URIs to match). One that begins within a file and does not say where it ends has no link: the range of the
-    /// part that follows is not known yet. Such a hint is left out; players wait for the playlist instead.
-    fn hint(&mut self, line: &'p Line<'p>) -> Result<(), Problem> {
-        let Content::Tag(tag) = line.content else { return Ok(()) };
-        let attributes = Attributes::of(tag)?;
-        let uri = attributes.required("URI")?;
-        let place = match attributes.unquoted("TYPE") {
-            Some("PART") => self.place(),
-            Some("MAP") if self.rewrite.encrypt_init_sections => Place::Init,
-            Some("MAP") => Place::Clear,
-            _ => {
-                self.copy(line);
-                return Ok(());
-            }
-        };
-        let (start, length) =
-            (attributes.decimal("BYTERANGE-START")?, attributes.decimal("BYTERANGE-LENGTH")?);
-        let range = match (start, length) {
-            (_, Some(length)) => {
-                let text = format!("{length}@{}", start.unwrap_or_default());
-                Some(LastRange::default().read((&tag_name(&tag), &text), uri, None)?)
-            }
-            (None, None) if !self.has_part_ranges => None,
-            (_, None) => return Ok(()),
-        };
-        let msn = (place == self.place()).then_some(self.msn);
-        let target = Target { place, range, encryption: self.encryption, msn };
-        let ready = self.ready(uri, &target)?;
-        // Shaka Player and video.js decrypt a hinted part by the KEY before the hint, which would be that of the segment
-        // before it where the part begins one.
-        self.put_in_force(&ready);
-        let mut edits = Edits::of(line.text);
-        edits.replace(uri, ready.uri);
-        edits.remove(&attributes, "BYTERANGE-START");
-        edits.remove(&attributes, "BYTERANGE-LENGTH");
-        self.edited(edits, line);
-        Ok(())
-    }
-
-    /// Another rendition's playlist (D22 §4.4.5.4).
-    fn report(&mut self, line: &'p Line<'p>) -> Result<(), Problem> {
-        let Content::Tag(tag) = line.content else { return Ok(()) };
-        let attributes = Attributes::of(tag)?;
-        let mut edits = Edits::of(line.text);
-        if let Some(uri) = attributes.quoted("URI") {
-            let plain = self.variables.substitute(uri)?;
-            let mapped = playlist_uri(&plain, self.around)?;
-            if let Some(by) = mapped.or_else(|| (plain != uri).then(|| plain.into_owned())) {
-                edits.replace(uri, by);
-            }
-        }
-        self.edited(edits, line);
+        self.is_encryption_unknown = false;
         Ok(())
     }
 
     fn version(&mut self, line: &Line<'p>) -> Result<(), Problem> {
         let Content::Tag(tag) = line.content else { return Ok(()) };
-        if decimal(&tag)? >= VERSION_WITH_IV {
-            self.copy(line);
-        } else {
-            self.out.push_str(&version_line());
-            self.out.push_str(line.ending);
+        let start = self.out.len();
+        self.copy(line);
+        if decimal(&tag)? < version::WITH_IV {
+            self.low_version = Some((start..start + line.text.len(), ""));
         }
         Ok(())
+    }
+
+    /// Only now is it known whether an IV was written: one of GCM is not, nor is that of clear subtitles.
+    fn raise_version(&mut self) {
+        if let Some((place, ending)) = self.low_version.take().filter(|_| self.has_written_iv) {
+            self.out.replace_range(place, &(version::line_for(self.playlist) + ending));
+        }
     }
 
     fn line(&mut self, text: &str) {
@@ -501,10 +455,6 @@ enum Needs<'a> {
 
 fn has_version(playlist: &Playlist<'_>) -> bool {
     playlist.lines.iter().any(|line| line.tag_name() == Some("-X-VERSION"))
-}
-
-fn version_line() -> String {
-    String::from_utf8_lossy(Version::new(VERSION_WITH_IV).into_inner().value()).into_owned()
 }
 
 /// Whether all segments are WebVTT (D22 §3.1.4), by the ends of their paths.
