@@ -3,7 +3,7 @@
 //! `{dir}/~{signer}.{place}[.{offset}-{length}][.k].{mac}/{file name}`: one path component before the file name, so
 //! that relative resolution, file extensions and caches that drop queries keep working. The signer is the ID of a
 //! content key (or, for what is served as the origin has it, of the DEK), the place is a Media Sequence Number (in
-//! low-latency renditions with the rendition's tag behind it), `iframes`, `init`, `clear`, `key` or `steering`, `k` says that the
+//! low-latency renditions with the rendition's tag behind it), `iframes`, `init`, `clear`, `key`, `data` or `steering`, `k` says that the
 //! origin's own encryption is undone first, the MAC is base64url. An origin's own query, and the reference to its
 //! key, travel behind it as one parameter each with a MAC of its own, in characters that no player re-encodes;
 //! whatever else stands in the query (CMCD, a viewer's token) is not covered.
@@ -67,6 +67,7 @@ impl fmt::Display for Link {
             Place::Init => f.write_str("init")?,
             Place::Clear => f.write_str("clear")?,
             Place::OriginKey => f.write_str("key")?,
+            Place::SessionData => f.write_str("data")?,
             Place::Steering => f.write_str("steering")?,
         }
         if let Some(ByteRange { offset, length }) = self.range {
@@ -124,6 +125,7 @@ fn parse_place(text: &str) -> Option<Place> {
         "init" => Place::Init,
         "clear" => Place::Clear,
         "key" => Place::OriginKey,
+        "data" => Place::SessionData,
         "steering" => Place::Steering,
         number => match number.split_once('-') {
             None => Place::Segment(MediaSequenceNumber(parse_number(number)?)),
@@ -302,8 +304,15 @@ mod tests {
     fn a_link_reads_back_as_written() {
         let msn = MediaSequenceNumber(812);
         let low_latency = Place::LowLatency { msn, rendition: RenditionTag::of("/live/ch1/v.m3u8") };
-        let places =
-            [Place::Segment(msn), low_latency, Place::IFrames, Place::Init, Place::Clear, Place::OriginKey];
+        let places = [
+            Place::Segment(msn),
+            low_latency,
+            Place::IFrames,
+            Place::Init,
+            Place::Clear,
+            Place::OriginKey,
+            Place::SessionData,
+        ];
         let ranges = [None, Some(ByteRange { offset: 0, length: 7 })];
         let all = places.into_iter().flat_map(|place| ranges.map(|range| (place, range)));
         for (at, (place, range)) in all.enumerate() {

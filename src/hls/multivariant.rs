@@ -103,7 +103,7 @@ fn rewrite_line(
     let plain = variables.substitute(uri)?;
     let by = match tag.name() {
         "-X-MEDIA" | "-X-I-FRAME-STREAM-INF" => playlist_uri(&plain, around)?,
-        "-X-SESSION-DATA" => linked(&plain, Place::Clear, around)?,
+        "-X-SESSION-DATA" => linked(&plain, Place::SessionData, around)?,
         "-X-SESSION-KEY" => linked(&plain, Place::OriginKey, around)?,
         _ => linked(&plain, Place::Steering, around)?,
     };
@@ -262,7 +262,7 @@ mod tests {
              #EXT-X-SESSION-DATA:DATA-ID=\"b\",VALUE=\"b\"\n\
              #EXT-X-SESSION-DATA:DATA-ID=\"c\",URI=\"https://data.example/c.json\"\n\
              #EXT-X-CONTENT-STEERING:SERVER-URI=\"/steer?v=1\",PATHWAY-ID=\"a\"\n",
-            "#EXTM3U\n#EXT-X-SESSION-DATA:DATA-ID=\"a\",URI=\"meta/LINK-clear/a.json\",X-ODD=1\n\
+            "#EXTM3U\n#EXT-X-SESSION-DATA:DATA-ID=\"a\",URI=\"meta/LINK-data/a.json\",X-ODD=1\n\
              #EXT-X-SESSION-DATA:DATA-ID=\"b\",VALUE=\"b\"\n\
              #EXT-X-SESSION-DATA:DATA-ID=\"c\",URI=\"https://data.example/c.json\"\n\
              #EXT-X-CONTENT-STEERING:SERVER-URI=\"/LINK-steering/steer?_oq=dj0x.MAC\",PATHWAY-ID=\"a\"\n"

@@ -91,6 +91,8 @@ pub enum Place {
     Clear,
     /// A key of an origin that encrypts by itself, served as the origin has it.
     OriginKey,
+    /// Session data, which may change at any time.
+    SessionData,
     /// A steering manifest: fetched anew for whoever asks.
     Steering,
 }
@@ -98,7 +100,12 @@ pub enum Place {
 impl Place {
     /// Whether the stream's DEK signs its link, and no content key: nothing is encrypted.
     pub fn is_served_as_it_is(self) -> bool {
-        matches!(self, Place::Clear | Place::OriginKey | Place::Steering)
+        matches!(self, Place::Clear | Place::OriginKey) || self.is_a_document()
+    }
+
+    /// Whether it is neither media nor a key.
+    pub fn is_a_document(self) -> bool {
+        matches!(self, Place::SessionData | Place::Steering)
     }
 }
 
@@ -215,6 +222,7 @@ impl LinkKey {
             Place::Init => part(&mut mac, b"init"),
             Place::Clear => part(&mut mac, b"clear"),
             Place::OriginKey => part(&mut mac, b"key"),
+            Place::SessionData => part(&mut mac, b"data"),
             Place::Steering => part(&mut mac, b"steering"),
         }
         part(&mut mac, extra);

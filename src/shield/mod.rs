@@ -8,6 +8,7 @@
 //! Deliberately absent: changing anything. The engine is asked, never written to.
 
 mod directives;
+mod documents;
 mod fill;
 mod flow;
 mod keys;
@@ -22,7 +23,6 @@ mod route;
 mod segments;
 mod service;
 mod settings;
-mod steering;
 pub mod upstream;
 
 pub use playlist_body::{PlaylistBodyError, playlist_body};

@@ -25,11 +25,10 @@ use super::reply::{ALLOWED_METHODS, Refusal, Reply, names_etag, send};
 use super::route::{Route, route};
 use super::settings::ShieldSettings;
 use super::upstream::Upstream;
-use super::{keys, segments, steering};
+use super::{documents, keys, segments};
 use crate::clock::Clock;
 use crate::engine::{Engine, Stream};
 use crate::hls::{OriginPath, normalized_path};
-use crate::keys::Place;
 use crate::telemetry::Metrics;
 
 /// The data plane. Clones share everything.
@@ -216,9 +215,11 @@ impl Shield {
                 notes.kind = "key";
                 keys::serve(id, &self.engine, &self.settings).await.map(Handled::Reply)
             }
-            Route::Segment { linked } if linked.link.place == Place::Steering => {
-                notes.kind = "steering";
-                steering::serve(self, &linked, query.as_deref().unwrap_or_default()).await.map(Handled::Reply)
+            Route::Segment { linked } if linked.link.place.is_a_document() => {
+                notes.kind = "document";
+                documents::serve(self, &linked, query.as_deref().unwrap_or_default())
+                    .await
+                    .map(Handled::Reply)
             }
             Route::Segment { linked } => {
                 notes.kind = "segment";
