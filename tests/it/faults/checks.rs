@@ -232,26 +232,39 @@ impl Session {
         Ok(())
     }
 
-    /// Every stream that runs can be rotated, and its playlists then come to name the new key.
+    /// Every stream that runs can be rotated, and its playlists then come to name the new key, or one that was promoted
+    /// after it: time may be faster than whoever looks.
     fn check_rotation(&mut self) -> Result<(), Died> {
         let running = self.running();
         for id in &running {
             self.act(id, Call::Rotate)?;
         }
         for _ in 0..ROTATED_WITHIN {
-            let is_shown = |id: &&'static str| {
-                let stream = &self.memory.streams[id];
-                let key = stream.rotated.last().expect("it was rotated");
-                RENDITIONS.iter().all(|rendition| {
-                    let shown = stream.published.range((*rendition, 0)..=(*rendition, u64::MAX));
-                    shown.flat_map(|(_, seen)| seen).any(|segment| segment.key_path.ends_with(key.as_str()))
-                })
-            };
-            if running.iter().all(is_shown) {
+            let mut are_shown = true;
+            for id in &running {
+                let new = self.keys_since_rotation(id)?;
+                let published = &self.memory.streams[id].published;
+                are_shown &= RENDITIONS.iter().all(|rendition| {
+                    let mut shown = published.range((*rendition, 0)..=(*rendition, u64::MAX));
+                    shown.any(|(_, seen)| seen.iter().any(|segment| new.contains(&segment.key_path)))
+                });
+            }
+            if are_shown {
                 return Ok(());
             }
             self.go_on(2)?;
         }
         panic!("a rotation is not shown: {:#?}\n{}", self.memory.streams, self.shield().logged());
+    }
+
+    /// The paths of the key that the last rotation by hand promoted, and of those behind it.
+    fn keys_since_rotation(&mut self, id: &'static str) -> Result<Vec<String>, Died> {
+        let (status, body) = self.control("GET", &format!("{id}/rotations?limit=1000"), Value::Null)?;
+        assert_eq!(status, 200, "{id}: {body}");
+        let rotated = self.memory.streams[id].rotated.last().expect("it was rotated");
+        let rotations = body["rotations"].as_array().expect("rotations");
+        let ids = || rotations.iter().map(|key| key["keyId"].as_str().expect("an ID"));
+        let at = ids().position(|key| key == rotated).expect("the newest are first");
+        Ok(ids().take(at + 1).map(|key| format!("/api/hls/keys/{key}")).collect())
     }
 }
