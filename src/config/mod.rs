@@ -210,6 +210,10 @@ mod tests {
             let present = file[section].as_table().unwrap();
             assert_eq!(present.keys().collect::<Vec<_>>(), keys.keys().collect::<Vec<_>>(), "[{section}]");
         }
+        let vault = |table: &toml::Table| -> Vec<String> {
+            table["kms"]["vault"].as_table().unwrap().keys().cloned().collect()
+        };
+        assert_eq!(vault(&file), vault(&defaults));
     }
 
     #[test]

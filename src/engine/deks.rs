@@ -270,3 +270,101 @@ impl Core {
         Ok(are_ours)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use async_trait::async_trait;
+
+    use super::*;
+    use crate::clock::Clock;
+    use crate::engine::Engine;
+    use crate::keys::Timestamp;
+    use crate::kms::{Cause, KeyDescription};
+    use crate::telemetry::Metrics;
+
+    /// Unwraps everything but what was wrapped by `bad`, each after a second.
+    #[derive(Debug, Default)]
+    struct Slow {
+        under_way: Mutex<(usize, usize)>,
+    }
+
+    #[async_trait]
+    impl Kms for Slow {
+        async fn generate_data_key(
+            &self,
+            _: &Context<'_>,
+        ) -> Result<(DataEncryptionKey, WrappedKey), KmsError> {
+            unreachable!("only unwraps here")
+        }
+
+        async fn wrap(&self, _: &Context<'_>, _: &DataEncryptionKey) -> Result<WrappedKey, KmsError> {
+            unreachable!("only unwraps here")
+        }
+
+        async fn unwrap(&self, _: &Context<'_>, wrapped: &WrappedKey) -> Result<DataEncryptionKey, KmsError> {
+            {
+                let (now, most) = &mut *self.under_way.lock();
+                *now += 1;
+                *most = (*most).max(*now);
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            self.under_way.lock().0 -= 1;
+            match wrapped.kek_id.as_str() {
+                "bad" => {
+                    Err(KmsError { provider: "test", key: wrapped.kek_id.clone(), cause: Cause::Foreign })
+                }
+                _ => Ok(DataEncryptionKey::from_bytes([1; 32])),
+            }
+        }
+
+        async fn describe(&self) -> Result<KeyDescription, KmsError> {
+            unreachable!("only unwraps here")
+        }
+    }
+
+    fn wrapped(id: u8, kek_id: &str) -> (StreamId, DekRow) {
+        let row = DekRow {
+            id: DekId::from_bytes([id; 16]),
+            version: DekVersion(1),
+            kek_id: kek_id.into(),
+            wrapped: Vec::new(),
+            created_at: Timestamp::from_unix_millis(0),
+        };
+        (format!("ch{id}").parse().unwrap(), row)
+    }
+
+    fn deks() -> (Arc<Slow>, Metrics, Arc<Deks>) {
+        let (kms, metrics) = (Arc::new(Slow::default()), Metrics::new());
+        let (_, seat) = Engine::new(Clock::manual(Timestamp::from_unix_millis(0)), metrics.clone());
+        (Arc::clone(&kms), metrics, Arc::new(Deks::new(kms, seat.shared)))
+    }
+
+    fn unwrapped(metrics: &Metrics) -> u64 {
+        metrics.kms_calls.with_label_values(&["unwrap", "ok"]).get()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_asks_for_one_key_meanwhile_waits_for_the_same_call() {
+        let (_, metrics, deks) = deks();
+        let mut askers = JoinSet::new();
+        for _ in 0..20 {
+            let deks = Arc::clone(&deks);
+            askers.spawn(async move { deks.unwrap_all(vec![wrapped(1, "good")]).await });
+        }
+        assert!(askers.join_all().await.iter().all(|all| all.values().all(Result::is_ok)));
+        assert_eq!(unwrapped(&metrics), 1);
+        deks.unwrap_all(vec![wrapped(1, "good")]).await;
+        assert_eq!(unwrapped(&metrics), 2, "nothing is kept behind the call");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn many_keys_are_unwrapped_some_at_a_time_and_one_that_is_not_keeps_no_other() {
+        let (kms, metrics, deks) = deks();
+        let all = (0..200).map(|id| wrapped(id, if id == 7 { "bad" } else { "good" })).collect();
+        let all = deks.unwrap_all(all).await;
+        assert_eq!((all.len(), all.values().filter(|key| key.is_err()).count()), (200, 1));
+        assert_eq!(unwrapped(&metrics), 199);
+        assert_eq!(*kms.under_way.lock(), (0, AT_ONCE));
+        assert_eq!(metrics.kms_up.get(), 1, "it answers, whatever it makes of one key");
+    }
+}
