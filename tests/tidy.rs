@@ -17,7 +17,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("telemetry", &[]),
     ("store", &["keys", "fault"]),
     ("kms", &["keys", "entropy", "fault"]),
-    ("config", &["keys", "hls", "telemetry", "fault"]),
+    ("config", &["keys", "hls", "kms", "telemetry", "fault"]),
     ("engine", &["keys", "store", "kms", "clock", "entropy", "fault", "telemetry"]),
     ("shield", &["keys", "cipher", "hls", "engine", "clock", "telemetry"]),
     ("control", &["keys", "hls", "clock", "entropy", "telemetry", "engine"]),

@@ -4,7 +4,9 @@ use std::fmt::Write;
 
 use serde_json::json;
 
-use crate::config::{Config, Effective, EffectiveValue, Environment, JwksSource, masked_url};
+use crate::config::{
+    Config, Effective, EffectiveValue, Environment, JwksSource, KmsConfig, VaultConfig, masked_url,
+};
 
 /// Longer lines do not push the column of sources to the right.
 const LONGEST_ALIGNED: usize = 60;
@@ -12,9 +14,9 @@ const LONGEST_ALIGNED: usize = 60;
 /// What the configuration comes to: a summary, then every value with the place that it came from.
 pub fn check(effective: &Effective, environment: &Environment) -> String {
     let mut out = summary(&effective.config);
-    for name in environment.ignored() {
+    for name in environment.ignored(&effective.config.kms) {
         // Writing to memory does not fail.
-        let _ = writeln!(out, "note: {name} is set, but this version does not honour it");
+        let _ = writeln!(out, "note: {name} is set, but not honoured by this version or with this KMS");
     }
     out.push_str("the configuration is right\n\n");
     out.push_str(&values(&effective.values));
@@ -49,7 +51,15 @@ fn summary(config: &Config) -> String {
     line(format_args!("players     {}", config.listen));
     line(format_args!("operators   {}", config.control_listen));
     line(format_args!("database    {}", config.database));
-    line(format_args!("master key  {}", config.master_key_file.display()));
+    match &config.kms {
+        KmsConfig::Local { master_key_file } => {
+            line(format_args!("master key  {}", master_key_file.display()));
+        }
+        KmsConfig::Vault(VaultConfig { settings, .. }) => line(format_args!(
+            "KMS         vault, key {}/{} at {}",
+            settings.mount, settings.key, settings.address
+        )),
+    }
     for token in &config.tokens {
         line(format_args!("token       {}: {}", token.name, token.role.name()));
     }

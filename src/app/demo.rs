@@ -117,10 +117,10 @@ fn announce(
     environment: &Environment,
     token: &str,
 ) -> io::Result<()> {
-    let Config { listen, control_listen, .. } = config;
+    let Config { listen, control_listen, kms, .. } = config;
     let mut out = io::stdout().lock();
-    for name in environment.ignored() {
-        writeln!(out, "note: {name} is set, but this version does not honour it")?;
+    for name in environment.ignored(kms) {
+        writeln!(out, "note: {name} is set, but not honoured by this version or with this KMS")?;
     }
     writeln!(out, "encrypted   http://{listen}/demo/master.m3u8")?;
     writeln!(out, "in clear    http://{origin_listen}/demo/master.m3u8")?;

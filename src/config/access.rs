@@ -6,10 +6,8 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use url::{Host, Url};
-
 use super::ConfigError;
-use super::checks::{entry, field};
+use super::checks::{entry, field, private_url};
 use super::raw::{RawJwt, RawToken};
 
 /// What an operator is allowed to do; the control plane says what that is.
@@ -114,7 +112,8 @@ fn token(at: usize, raw: &RawToken) -> Result<AccessToken, ConfigError> {
 pub(super) fn jwt(raw: &RawJwt) -> Result<JwtConfig, ConfigError> {
     let jwks = match (given(raw.jwks_file.as_deref()), given(raw.jwks_url.as_deref())) {
         (Some(path), None) => JwksSource::File(path.into()),
-        (None, Some(url)) => JwksSource::Url(jwks_url(url)?),
+        // Whoever could change the keys on their way could sign in as anybody.
+        (None, Some(url)) => JwksSource::Url(private_url("control.jwt.jwks_url", url)?),
         _ => return Err(entry("control.jwt", "exactly one of jwks_file and jwks_url must be given")),
     };
     for (name, value) in
@@ -131,26 +130,6 @@ pub(super) fn jwt(raw: &RawJwt) -> Result<JwtConfig, ConfigError> {
 /// An environment variable cannot be unset in every place that sets one: empty is not given.
 fn given(text: Option<&str>) -> Option<&str> {
     text.filter(|text| !text.is_empty())
-}
-
-/// Whoever could change the keys on their way could sign in as anybody.
-fn jwks_url(text: &str) -> Result<String, ConfigError> {
-    let bad = |why| field("control.jwt.jwks_url", text, why);
-    let url = Url::parse(text).map_err(|_| bad("must be an absolute URL"))?;
-    if !url.username().is_empty() || url.password().is_some() {
-        return Err(entry("control.jwt.jwks_url", "must not have a user name or a password"));
-    }
-    let loopback = match url.host() {
-        Some(Host::Ipv4(address)) => address.is_loopback(),
-        Some(Host::Ipv6(address)) => address.is_loopback(),
-        Some(Host::Domain(name)) => name == "localhost",
-        None => false,
-    };
-    match url.scheme() {
-        "https" => Ok(text.to_owned()),
-        "http" if loopback => Ok(text.to_owned()),
-        _ => Err(bad("must begin with https://; http:// is for loopback alone")),
-    }
 }
 
 #[cfg(test)]

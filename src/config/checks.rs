@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
+use url::{Host, Url};
+
 use super::ConfigError;
 use super::raw::RawOrigin;
 use crate::hls::{BaseUrl, Mount};
@@ -43,6 +45,26 @@ pub(super) fn millis(name: &str, value: u64, range: RangeInclusive<u64>) -> Resu
 pub(super) fn log_filter(filter: &str) -> Result<String, ConfigError> {
     let checked = check_log_filter(filter).map(|()| filter.to_owned());
     checked.map_err(|why| field("log.filter", filter, &why))
+}
+
+/// A URL on whose way nobody reads or changes anything: https, or http on loopback.
+pub(super) fn private_url(name: &str, text: &str) -> Result<String, ConfigError> {
+    let bad = |why| field(name, text, why);
+    let url = Url::parse(text).map_err(|_| bad("must be an absolute URL"))?;
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(entry(name, "must not have a user name or a password"));
+    }
+    let loopback = match url.host() {
+        Some(Host::Ipv4(address)) => address.is_loopback(),
+        Some(Host::Ipv6(address)) => address.is_loopback(),
+        Some(Host::Domain(name)) => name == "localhost",
+        None => false,
+    };
+    match url.scheme() {
+        "https" => Ok(text.to_owned()),
+        "http" if loopback => Ok(text.to_owned()),
+        _ => Err(bad("must begin with https://; http:// is for loopback alone")),
+    }
 }
 
 /// What stands before the key ID: a path of the shield, or an absolute URL of a CDN in front of it.

@@ -58,6 +58,7 @@ fn flatten(path: &str, value: Value, found: &mut impl FnMut(String, Value)) {
 pub(super) fn masked(key: &str, value: Value) -> Value {
     match value {
         Value::String(text) if key.ends_with(".sha256") => Value::String(masked_hash(&text)),
+        Value::String(text) if key == "kms.vault.token" && !text.is_empty() => Value::String("***".into()),
         Value::String(text) => Value::String(masked_url(&text)),
         Value::Array(elements) => {
             Value::Array(elements.into_iter().map(|element| masked(key, element)).collect())

@@ -5,9 +5,10 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 
-use super::ConfigError;
+use super::kms::PROVIDERS;
 use super::layers::{Given, Source};
 use super::schema::{self, Key, nearest};
+use super::{ConfigError, KmsConfig};
 use crate::fault;
 
 const PREFIX: &str = "KEYSHIELD_";
@@ -17,6 +18,8 @@ const PREFIX: &str = "KEYSHIELD_";
 enum Meaning {
     Sets(&'static str),
     KmsProvider,
+    /// The key of a KMS, for those that have one.
+    KmsKey,
     /// This version cannot honour it. Silence would be taken for success.
     NotYet,
 }
@@ -29,7 +32,7 @@ const GUIDE: [(&str, Meaning); 12] = [
     ("EMERGENCY_ROTATION_ENABLED", Meaning::Sets("policy.emergency_rotation_enabled")),
     ("KMS_PROVIDER", Meaning::KmsProvider),
     ("KMS_REGION", Meaning::NotYet),
-    ("KMS_KEY_RING", Meaning::NotYet),
+    ("KMS_KEY_RING", Meaning::KmsKey),
     ("CDN_ENDPOINTS", Meaning::NotYet),
     ("CDN_SYNC_TIMEOUT", Meaning::NotYet),
     ("CDN_RETRY_ATTEMPTS", Meaning::NotYet),
@@ -58,12 +61,17 @@ impl Environment {
         Self { variables: named.filter(|(name, value)| concerns_us(name, value)).collect() }
     }
 
-    /// Variables that are set and not honoured by this version.
-    pub fn ignored(&self) -> Vec<&'static str> {
-        let not_yet = |(name, meaning): (&'static str, Meaning)| {
-            (matches!(meaning, Meaning::NotYet) && self.variables.contains_key(name)).then_some(name)
+    /// Variables that are set and not honoured, by this version or with this KMS.
+    pub fn ignored(&self, kms: &KmsConfig) -> Vec<&'static str> {
+        let is_ignored = |meaning: Meaning| match meaning {
+            Meaning::NotYet => true,
+            Meaning::KmsKey => matches!(kms, KmsConfig::Local { .. }),
+            Meaning::Sets(_) | Meaning::KmsProvider => false,
         };
-        GUIDE.into_iter().filter_map(not_yet).collect()
+        let ignored = |(name, meaning): (&'static str, Meaning)| {
+            (is_ignored(meaning) && self.variables.contains_key(name)).then_some(name)
+        };
+        GUIDE.into_iter().filter_map(ignored).collect()
     }
 
     /// The values that it gives to keys.
@@ -78,9 +86,16 @@ impl Environment {
             let key = match guide {
                 Some((_, Meaning::Sets(path))) => schema::get().key(path),
                 Some((_, Meaning::NotYet)) => continue,
-                Some((_, Meaning::KmsProvider)) if value.eq_ignore_ascii_case("local") => continue,
+                Some((_, Meaning::KmsKey)) => schema::get().key("kms.vault.key"),
                 Some((_, Meaning::KmsProvider)) => {
-                    return Err(bad("this version wraps keys under a local master key file only: local"));
+                    let Some(provider) = PROVIDERS.iter().find(|name| value.eq_ignore_ascii_case(name))
+                    else {
+                        let known = PROVIDERS.join(", ");
+                        return Err(bad(&format!("this version wraps keys by one of: {known}")));
+                    };
+                    let Some(key) = schema::get().key("kms.provider") else { return Err(unknown(name)) };
+                    given.push(Given::parse(key, provider, Source::Variable(name.clone()))?);
+                    continue;
                 }
                 None => schema::get().keys().iter().find(|key| key.variable() == *name),
             };
@@ -157,7 +172,9 @@ mod tests {
         check("PRE_GENERATE_KEYS", "5", ("policy.pre_generate_keys", "5"));
         check("KEY_GRACE_PERIOD", "120", ("policy.grace_period_secs", "120"));
         check("EMERGENCY_ROTATION_ENABLED", "false", ("policy.emergency_rotation_enabled", "false"));
-        assert_eq!(given(&[("KMS_PROVIDER", "Local")]), Ok(Vec::new()));
+        check("KMS_PROVIDER", "Local", ("kms.provider", "\"local\""));
+        check("KMS_PROVIDER", "VAULT", ("kms.provider", "\"vault\""));
+        check("KMS_KEY_RING", "video-keys", ("kms.vault.key", "\"video-keys\""));
     }
 
     #[test]
@@ -255,6 +272,8 @@ mod tests {
     #[test]
     fn what_is_not_honoured_yet_is_said() {
         let set = environment(&[("CDN_ENDPOINTS", "a"), ("PRE_GENERATE_KEYS", "3"), ("KMS_REGION", "b")]);
-        assert_eq!(set.ignored(), ["KMS_REGION", "CDN_ENDPOINTS"]);
+        let local = KmsConfig::Local { master_key_file: "keyshield.master".into() };
+        assert_eq!(set.ignored(&local), ["KMS_REGION", "CDN_ENDPOINTS"]);
+        assert_eq!(environment(&[("KMS_KEY_RING", "a")]).ignored(&local), ["KMS_KEY_RING"]);
     }
 }

@@ -362,13 +362,16 @@ mod tests {
         let tokens = format!("[{{name = \"ci\", role = \"viewer\", sha256 = \"{hash}\"}}]");
         let variables = [
             ("KEYSHIELD_CONTROL_TOKENS", tokens.as_str()),
-            ("KEYSHIELD_STORE_DATABASE", "postgres://user:secret@db.example/keys"),
+            ("KEYSHIELD_STORE_DATABASE", "postgres://user:sesame@db.example/keys"),
+            ("KMS_PROVIDER", "Vault"),
+            ("KEYSHIELD_KMS_VAULT_TOKEN", "s.sesame"),
         ];
         let effective = load("", &variables, &[]).unwrap();
         assert!(shown(&effective, "store.database").starts_with("\"postgres://user:***@db.example/keys\""));
+        assert!(shown(&effective, "kms.vault.token").starts_with("\"***\""));
         assert!(shown(&effective, "control.tokens[0].sha256").starts_with("\"01234567…\""));
         let debug = format!("{effective:?}");
-        assert!(!debug.contains("secret") && !debug.contains(&hash), "{debug}");
+        assert!(!debug.contains("sesame") && !debug.contains(&hash), "{debug}");
     }
 
     #[test]

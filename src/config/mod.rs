@@ -12,6 +12,7 @@ mod effective;
 mod environment;
 mod error;
 mod file;
+mod kms;
 mod layers;
 mod raw;
 mod schema;
@@ -19,7 +20,7 @@ mod secrets;
 mod streams;
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 pub use access::{AccessToken, JwksSource, JwtConfig, Role};
@@ -28,6 +29,7 @@ pub use database::Database;
 pub use effective::{Effective, EffectiveValue};
 pub use environment::Environment;
 pub use error::ConfigError;
+pub use kms::{KmsConfig, VaultConfig};
 pub use layers::{Layers, Setting, Source};
 pub use raw::{RawConfig, RawControl, RawJwt, RawOrigin, RawPolicy, RawStream, RawToken};
 pub use secrets::masked_url;
@@ -56,7 +58,7 @@ pub struct Config {
     pub store_poll_interval: Duration,
     /// How long a node that does not renew it holds the lease of the sweep.
     pub store_lease: Duration,
-    pub master_key_file: PathBuf,
+    pub kms: KmsConfig,
     pub sweep_interval: Duration,
     pub key_uri_base: String,
     pub key_max_age: Duration,
@@ -133,7 +135,7 @@ impl Config {
                 50..=10_000,
             )?,
             store_lease: secs("store.lease_secs", raw.store.lease_secs, 2..=300)?,
-            master_key_file: raw.kms.master_key_file.clone(),
+            kms: kms::kms(&raw.kms)?,
             sweep_interval: millis(
                 "keys.sweep_interval_millis",
                 raw.keys.sweep_interval_millis,
@@ -208,6 +210,10 @@ mod tests {
             let present = file[section].as_table().unwrap();
             assert_eq!(present.keys().collect::<Vec<_>>(), keys.keys().collect::<Vec<_>>(), "[{section}]");
         }
+        let vault = |table: &toml::Table| -> Vec<String> {
+            table["kms"]["vault"].as_table().unwrap().keys().cloned().collect()
+        };
+        assert_eq!(vault(&file), vault(&defaults));
     }
 
     #[test]

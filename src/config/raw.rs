@@ -173,12 +173,76 @@ impl fmt::Debug for RawStore {
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RawKms {
+    pub provider: String,
     pub master_key_file: PathBuf,
+    pub vault: RawVault,
 }
 
 impl Default for RawKms {
     fn default() -> Self {
-        Self { master_key_file: "keyshield.master".into() }
+        Self {
+            provider: "local".into(),
+            master_key_file: "keyshield.master".into(),
+            vault: RawVault::default(),
+        }
+    }
+}
+
+#[derive(Clone, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawVault {
+    pub address: String,
+    pub mount: String,
+    pub key: String,
+    pub namespace: String,
+    pub token: String,
+    pub token_file: String,
+    pub approle_role_id: String,
+    pub approle_secret_id_file: String,
+    pub kubernetes_role: String,
+    pub kubernetes_jwt_file: String,
+    pub ca_file: String,
+    pub timeout_secs: u64,
+    pub max_concurrent: usize,
+}
+
+impl Default for RawVault {
+    fn default() -> Self {
+        Self {
+            address: "https://127.0.0.1:8200".into(),
+            mount: "transit".into(),
+            key: "keyshield".into(),
+            namespace: String::new(),
+            token: String::new(),
+            token_file: String::new(),
+            approle_role_id: String::new(),
+            approle_secret_id_file: String::new(),
+            kubernetes_role: String::new(),
+            kubernetes_jwt_file: "/var/run/secrets/kubernetes.io/serviceaccount/token".into(),
+            ca_file: String::new(),
+            timeout_secs: 5,
+            max_concurrent: 16,
+        }
+    }
+}
+
+impl fmt::Debug for RawVault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // All but the token.
+        f.debug_struct("RawVault")
+            .field("address", &self.address)
+            .field("mount", &self.mount)
+            .field("key", &self.key)
+            .field("namespace", &self.namespace)
+            .field("token_file", &self.token_file)
+            .field("approle_role_id", &self.approle_role_id)
+            .field("approle_secret_id_file", &self.approle_secret_id_file)
+            .field("kubernetes_role", &self.kubernetes_role)
+            .field("kubernetes_jwt_file", &self.kubernetes_jwt_file)
+            .field("ca_file", &self.ca_file)
+            .field("timeout_secs", &self.timeout_secs)
+            .field("max_concurrent", &self.max_concurrent)
+            .finish_non_exhaustive()
     }
 }
 

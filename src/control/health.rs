@@ -25,9 +25,9 @@ pub(super) async fn health(State(control): State<Control>) -> (StatusCode, Json<
 fn answer(engine: &EngineStatus) -> (StatusCode, Json<Health>) {
     let (status, health_status, code) = match engine {
         EngineStatus { ready: false, .. } => ("unhealthy", "critical", StatusCode::SERVICE_UNAVAILABLE),
-        EngineStatus { store_up: false, .. } | EngineStatus { rotating: false, .. } => {
-            ("degraded", "warning", StatusCode::OK)
-        }
+        EngineStatus { store_up: false, .. }
+        | EngineStatus { kms_up: false, .. }
+        | EngineStatus { rotating: false, .. } => ("degraded", "warning", StatusCode::OK),
         EngineStatus { overdue_rotations: 1.., .. } => ("degraded", "warning", StatusCode::OK),
         _ => ("healthy", "good", StatusCode::OK),
     };
@@ -55,8 +55,14 @@ mod tests {
 
     use super::*;
 
-    const WELL: EngineStatus =
-        EngineStatus { ready: true, rotating: true, store_up: true, streams: 25, overdue_rotations: 0 };
+    const WELL: EngineStatus = EngineStatus {
+        ready: true,
+        rotating: true,
+        store_up: true,
+        kms_up: true,
+        streams: 25,
+        overdue_rotations: 0,
+    };
 
     #[test]
     fn a_healthy_shield_answers_with_the_guides_json() {
@@ -81,6 +87,7 @@ mod tests {
         assert_eq!(status(EngineStatus { ready: false, ..WELL }), (503, "unhealthy"));
         assert_eq!(status(EngineStatus { rotating: false, ..WELL }), (200, "degraded"));
         assert_eq!(status(EngineStatus { store_up: false, ..WELL }), (200, "degraded"));
+        assert_eq!(status(EngineStatus { kms_up: false, ..WELL }), (200, "degraded"));
         assert_eq!(status(EngineStatus { overdue_rotations: 2, ..WELL }), (200, "degraded"));
     }
 }

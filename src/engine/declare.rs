@@ -74,16 +74,31 @@ impl Core {
             let directory = self.shared.directory.read();
             ids.iter().filter_map(|id| directory.get(id).cloned()).collect()
         };
-        let mut changing = Vec::with_capacity(streams.len());
-        for stream in &streams {
-            changing.push(stream.changing.lock().await);
+        let (drafts, mut failed) = self.draft_deks(&streams).await?;
+        if !drafts.is_empty() {
+            let changing = all_changing(&streams).await;
+            let are_ours = self.store_deks(&streams, drafts).await?;
+            drop(changing);
+            if !are_ours && let Err(error) = self.reload(ids).await {
+                failed.get_or_insert(error);
+            }
         }
+        let _changing = all_changing(&streams).await;
         let is_new = |stream: &&Arc<Stream>| {
             let known = stream.known.read();
-            known.is_read() && known.marks().is_none()
+            known.is_read() && known.marks().is_none() && !known.deks.is_empty()
         };
         let new: Vec<_> = streams.iter().filter(is_new).cloned().collect();
         self.sweep_now(&new).await?;
-        loaded
+        loaded.and(failed.map_or(Ok(()), Err))
     }
+}
+
+/// Nobody else changes these streams meanwhile. All who hold several take them in this order.
+async fn all_changing(streams: &[Arc<Stream>]) -> Vec<tokio::sync::MutexGuard<'_, ()>> {
+    let mut changing = Vec::with_capacity(streams.len());
+    for stream in streams {
+        changing.push(stream.changing.lock().await);
+    }
+    changing
 }

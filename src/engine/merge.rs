@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering as Atomic;
 
+use super::deks::Unwrapped;
 use super::live::{ClearInitSigner, LiveKey, Revoked};
 use super::stream::{Dek, Known, KnownKey, Rendition, Stream, UNREAD};
 use super::worker::{Core, WorkerError};
@@ -15,10 +16,11 @@ use crate::store::{BoundaryRow, KeyRow, StoredStream, StreamRow, StreamState};
 
 impl Core {
     /// Takes a stream in as the store has it; one that is new becomes known, one that was deleted is forgotten.
+    /// `unwrapped`: its DEKs, as far as they are not known.
     ///
     /// # Errors
     /// A DEK or a key that does not unwrap. What was taken in before it stays.
-    pub(super) fn take_in(&self, stored: &StoredStream) -> Result<(), WorkerError> {
+    pub(super) fn take_in(&self, stored: &StoredStream, unwrapped: &Unwrapped) -> Result<(), WorkerError> {
         let id = &stored.stream.id;
         let known = self.shared.directory.read().get(id).cloned();
         if stored.stream.state == StreamState::Deleted {
@@ -27,7 +29,7 @@ impl Core {
         }
         let known = known.filter(|stream| stream.known.read().row.incarnation == stored.stream.incarnation);
         if let Some(stream) = known {
-            self.unwrap_deks(&stream, stored)?;
+            self.take_deks(&stream, stored, unwrapped)?;
             return self.merge(&stream, stored);
         }
         // Known before its keys are, and in place of what it was before: nothing of it may be passed through, even
@@ -41,7 +43,7 @@ impl Core {
             self.drop_stream(&before);
         }
         self.note_streams();
-        self.unwrap_deks(&stream, stored)?;
+        self.take_deks(&stream, stored, unwrapped)?;
         self.merge(&stream, stored)
     }
 
@@ -79,12 +81,20 @@ impl Core {
         self.shared.metrics.streams.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
-    fn unwrap_deks(&self, stream: &Stream, stored: &StoredStream) -> Result<(), WorkerError> {
+    fn take_deks(
+        &self,
+        stream: &Stream,
+        stored: &StoredStream,
+        unwrapped: &Unwrapped,
+    ) -> Result<(), WorkerError> {
         for row in &stored.deks {
             if stream.known.read().deks.contains_key(&row.version) {
                 continue;
             }
-            self.know_dek(stream, self.unwrap_dek(stream, row)?);
+            let unwrapped = unwrapped.get(&row.id).cloned();
+            let key =
+                unwrapped.ok_or_else(|| WorkerError::NotUnwrapped { stream: stream.id.to_string() })??;
+            self.know_dek(stream, Dek { id: row.id, version: row.version, key });
         }
         Ok(())
     }

@@ -9,6 +9,7 @@
 
 mod compare;
 mod declare;
+mod deks;
 mod directory;
 mod extend;
 mod live;
@@ -82,6 +83,8 @@ pub struct EngineStatus {
     pub rotating: bool,
     /// The store answers.
     pub store_up: bool,
+    /// The KMS answers, and lets this node use its key.
+    pub kms_up: bool,
     /// Streams that are served.
     pub streams: usize,
     /// Streams whose newest key is older than its interval and the overdue threshold.
@@ -143,8 +146,14 @@ struct Newsstand {
 impl Engine {
     /// An engine that knows nothing yet, and what its worker needs to load its streams.
     pub fn new(clock: Clock, metrics: Metrics) -> (Self, WorkerSeat) {
-        let status =
-            EngineStatus { ready: false, rotating: false, store_up: false, streams: 0, overdue_rotations: 0 };
+        let status = EngineStatus {
+            ready: false,
+            rotating: false,
+            store_up: false,
+            kms_up: false,
+            streams: 0,
+            overdue_rotations: 0,
+        };
         let shared = Arc::new(Shared {
             directory: RwLock::default(),
             keys: RwLock::default(),

@@ -423,7 +423,6 @@ impl Core {
         highest: Ordinal,
         ops: Vec<WriteOp>,
     ) -> Result<Vec<u64>, OperatorError> {
-        self.ensure_deks(std::slice::from_ref(stream)).await?;
         let drafts = {
             let known = stream.known.read();
             let wanted = Ordinal(highest.0.saturating_add(known.row.policy.pre_generate_keys));
@@ -437,7 +436,7 @@ impl Core {
         let mut changed = Vec::new();
         for (write, applied) in writes.iter().zip(applied) {
             match applied {
-                // Only `ensure_deks` stores these.
+                // Only `store_deks` stores these.
                 Applied::Dek(_) => {}
                 Applied::Keys(rows) => {
                     let taken = rows.iter().try_for_each(|row| self.take_key(stream, row));

@@ -63,7 +63,6 @@ impl Core {
 
     /// Sweeps streams that nobody else changes meanwhile, so that they have their keys at once.
     pub(super) async fn sweep_now(&self, streams: &[Arc<Stream>]) -> Result<(), WorkerError> {
-        self.ensure_deks(streams).await?;
         fault::point("begin: DEK there, no keys");
         let work = |stream: &Arc<Stream>| Ok((Arc::clone(stream), self.writes(&stream.known.read(), false)?));
         let work = streams.iter().map(work).collect::<Result<_, WorkerError>>()?;
@@ -73,13 +72,15 @@ impl Core {
     /// What is due for a stream; mostly nothing, and that is found out without waiting for it.
     async fn due(&self, stream: &Arc<Stream>, may_destroy: bool) -> Result<Option<Due>, WorkerError> {
         let is_due = |known: &Known| {
-            known.is_read() && !sweep(&known.facts(), &known.row.policy, self.now()).is_empty()
+            // One without a DEK begins by itself: a KMS that is away must not keep the others waiting.
+            known.is_read()
+                && !known.deks.is_empty()
+                && !sweep(&known.facts(), &known.row.policy, self.now()).is_empty()
         };
         if !is_due(&stream.known.read()) {
             return Ok(None);
         }
         let changing = Arc::clone(&stream.changing).lock_owned().await;
-        self.ensure_deks(std::slice::from_ref(stream)).await?;
         let writes = self.writes(&stream.known.read(), may_destroy)?;
         fault::point("sweep: due, nothing stored");
         let due = Due { work: (Arc::clone(stream), writes), changing };
@@ -159,7 +160,7 @@ impl Core {
         fault::point("sweep: stored, not known");
         for ((write, (stream, reason)), applied) in writes.iter().zip(about).zip(applied) {
             match applied {
-                // Only `ensure_deks` stores these.
+                // Only `store_deks` stores these.
                 Applied::Dek(_) | Applied::Changed(0) => {}
                 Applied::Keys(rows) => rows.iter().try_for_each(|row| self.take_key(&stream, row))?,
                 Applied::Changed(_) => self.note_write(&stream, &write.op, reason),

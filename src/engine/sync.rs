@@ -11,11 +11,12 @@ use std::time::{Duration, Instant};
 
 use tokio::time::MissedTickBehavior;
 
+use super::deks::Unwrapped;
 use super::stream::Stream;
 use super::worker::{Core, LOAD_AT_ONCE, WorkerError};
 use crate::fault;
 use crate::keys::{KeyId, KeyState, REPORT_INTERVAL, REPORT_SLACK, StreamId, Timestamp};
-use crate::store::{Served, Store, StoreError};
+use crate::store::{Served, Store, StoreError, StoredStream};
 
 /// Renditions, or keys, that are reported in one transaction.
 const REPORTED_AT_ONCE: usize = 2_000;
@@ -32,6 +33,17 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 const RETRY_AFTER_AT_MOST: Duration = Duration::from_secs(60);
 /// How many are tried again. The others are taken in when they change, or at the next start.
 const MAX_RETRIES: usize = 10_000;
+
+/// How often streams are read until all their data encryption keys are at hand.
+const READS: usize = 3;
+
+/// What became of reading streams anew.
+enum Reload {
+    /// They are taken in, but for these.
+    Done(Vec<(StreamId, WorkerError)>),
+    /// Nothing was done: these have keys that are to be unwrapped.
+    Wrapped(Vec<StoredStream>),
+}
 
 /// How far the store was read.
 #[derive(Debug, Default)]
@@ -100,8 +112,11 @@ impl Core {
             let ids = self.store.stream_ids(&after, LOAD_AT_ONCE).await?;
             let Some(last) = ids.last() else { break };
             after = last.as_str().to_owned();
-            for stored in self.store.load(&ids).await? {
-                match self.take_in(&stored) {
+            let all = self.store.load(&ids).await?;
+            let mut unwrapped = Unwrapped::new();
+            self.unwrap_missing(&all, &mut unwrapped).await;
+            for stored in all {
+                match self.take_in(&stored, &unwrapped) {
                     Ok(()) => loaded += 1,
                     Err(error) => {
                         tracing::error!(stream = %stored.stream.id, %error, "the stream could not be loaded");
@@ -238,7 +253,25 @@ impl Core {
     }
 
     /// As [`Self::reload`], with each that could not be taken in and why.
-    async fn reload_each(&self, ids: &[StreamId]) -> Result<Vec<(StreamId, WorkerError)>, StoreError> {
+    pub(super) async fn reload_each(
+        &self,
+        ids: &[StreamId],
+    ) -> Result<Vec<(StreamId, WorkerError)>, StoreError> {
+        let mut unwrapped = Unwrapped::new();
+        for _ in 0..READS {
+            match self.reload_with(ids, &unwrapped).await? {
+                Reload::Done(failed) => return Ok(failed),
+                // Now, when nothing is held.
+                Reload::Wrapped(stored) => self.unwrap_missing(&stored, &mut unwrapped).await,
+            }
+        }
+        // Their keys change faster than they can be unwrapped.
+        let failed = |id: &StreamId| (id.clone(), WorkerError::NotUnwrapped { stream: id.to_string() });
+        Ok(ids.iter().map(failed).collect())
+    }
+
+    /// Takes streams in as the store has them now, or gives them back if keys of theirs are to be unwrapped first.
+    async fn reload_with(&self, ids: &[StreamId], unwrapped: &Unwrapped) -> Result<Reload, StoreError> {
         // One at a time: two must not take the same new stream in.
         let _loading = self.loading.lock().await;
         let known: Vec<_> = {
@@ -250,20 +283,25 @@ impl Core {
         for stream in &known {
             changing.push(stream.changing.lock().await);
         }
+        let all = self.store.load(ids).await?;
+        if !self.missing(&all, unwrapped).is_empty() {
+            return Ok(Reload::Wrapped(all));
+        }
         let mut failed = Vec::new();
-        for stored in self.store.load(ids).await? {
-            if let Err(error) = self.take_in(&stored) {
+        for stored in all {
+            if let Err(error) = self.take_in(&stored, unwrapped) {
                 tracing::error!(stream = %stored.stream.id, %error, "the stream could not be taken in");
                 failed.push((stored.stream.id.clone(), error));
             }
         }
-        Ok(failed)
+        Ok(Reload::Done(failed))
     }
 
-    /// Reads a stream anew. Whoever calls it holds `changing`.
+    /// Reads a stream anew. Whoever calls it holds `changing`, so that a key of the KMS that came meanwhile is left to
+    /// the next sync.
     pub(super) async fn refresh(&self, stream: &Stream) -> Result<(), WorkerError> {
         for stored in self.store.load(std::slice::from_ref(&stream.id)).await? {
-            self.take_in(&stored)?;
+            self.take_in(&stored, &Unwrapped::new())?;
         }
         Ok(())
     }

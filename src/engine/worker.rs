@@ -3,8 +3,8 @@
 //! The order of writes is what makes a crash harmless: a key is stored before a boundary names it, the
 //! boundary before a playlist shows it; a promotion that was lost in between is the next sweep's to repeat.
 //! What each task does stands in a file of its own: `extend` (schedules grow), `sweeps` (keys live and die),
-//! `sync` (nodes hear of one another), `declare` (streams of the configuration), `merge` and `make` (keys in and out of their envelopes), `operate` (what
-//! operators ask).
+//! `sync` (nodes hear of one another), `declare` (streams of the configuration), `deks` (what the KMS
+//! is asked), `merge` and `make` (keys in and out of their envelopes), `operate` (what operators ask).
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -17,12 +17,13 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
+use super::deks::Deks;
 use super::stream::{MAX_RENDITIONS, Stream};
 use super::sync::Cursors;
 use super::{Extend, Operator, Shared, StreamSpec, WorkerSeat};
 use crate::fault;
 use crate::keys::{EnvelopeError, KeyId, Ordinal, REPORT_INTERVAL, Reason, SecretError, StreamId, Timestamp};
-use crate::kms::{LocalKms, MasterKeyError};
+use crate::kms::{Kms, KmsError};
 use crate::store::{Applied, Lease, Store, StoreError, Write, WriteOp};
 
 /// Streams that are loaded by one set of queries.
@@ -37,11 +38,13 @@ pub enum WorkerError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
-    Kms(#[from] MasterKeyError),
+    Kms(#[from] KmsError),
     #[error("stream {stream}, key {key}: {source}")]
     Unwrap { stream: String, key: KeyId, source: EnvelopeError },
     #[error("stream {stream}, key {key}: {source}")]
     Secret { stream: String, key: KeyId, source: SecretError },
+    #[error("stream {stream}: a data encryption key came while the stream was read; it is read again")]
+    NotUnwrapped { stream: String },
     #[error("stream {stream}: a data encryption key that its keys need is not stored")]
     NoDek { stream: String },
     #[error("stream {stream} has {MAX_RENDITIONS} renditions already: is every path of it a playlist?")]
@@ -85,7 +88,7 @@ pub struct Worker {
 pub(super) struct Core {
     pub(super) shared: Arc<Shared>,
     pub(super) store: Store,
-    pub(super) kms: LocalKms,
+    pub(super) deks: Arc<Deks>,
     pub(super) fleet: Fleet,
     /// Streams of this node's configuration.
     pub(super) declared: HashSet<StreamId>,
@@ -104,14 +107,14 @@ pub(super) struct Core {
 
 impl Worker {
     /// Loads every stream, unwraps its keys, and begins those of the configuration: when this returns, the engine
-    /// is ready.
+    /// is ready. Waits for a KMS that is away.
     ///
     /// # Errors
-    /// A store that cannot be read, or keys that do not unwrap.
+    /// A store that cannot be read, or keys of which none unwraps.
     pub async fn load(
         seat: WorkerSeat,
         store: Store,
-        kms: LocalKms,
+        kms: Arc<dyn Kms>,
         fleet: Fleet,
         declared: Vec<StreamSpec>,
     ) -> Result<Self, WorkerError> {
@@ -122,10 +125,10 @@ impl Worker {
             store.forget_nodes().await?;
         }
         let core = Core {
+            deks: Arc::new(Deks::new(kms, Arc::clone(&shared))),
             shared,
             turns: Semaphore::new(store.writers()),
             store,
-            kms,
             fleet,
             declared: declared.iter().map(|spec| spec.id.clone()).collect(),
             store_away: AtomicBool::new(false),
@@ -134,7 +137,14 @@ impl Worker {
             lease_until: Mutex::new(None),
             cursors: Mutex::default(),
         };
-        core.load_all().await?;
+        loop {
+            core.deks.wait_for_kms().await;
+            match core.load_all().await {
+                // It went away in between.
+                Err(WorkerError::Kms(error)) if !error.is_about_what_was_wrapped() => {}
+                loaded => break loaded?,
+            }
+        }
         fault::point("start: loaded");
         core.declare(declared).await?;
         fault::point("start: declared");
@@ -179,6 +189,7 @@ impl Worker {
         tasks.spawn(Arc::clone(&core).keep_listening());
         tasks.spawn(Arc::clone(&core).keep_in_step());
         tasks.spawn(Arc::clone(&core).keep_reporting());
+        tasks.spawn(Arc::clone(&core).keep_the_kms_in_sight());
         tasks.spawn(Arc::clone(&core).keep_sweeping());
         loop {
             tokio::select! {

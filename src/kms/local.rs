@@ -8,16 +8,18 @@ use std::io::{self, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use async_trait::async_trait;
 use thiserror::Error;
 use zeroize::Zeroizing;
 
+use super::{Cause, KeyDescription, Kms, KmsError, WrappedKey};
 use crate::entropy;
 use crate::fault;
 use crate::keys::{Context, DataEncryptionKey, EnvelopeError, NONCE_LEN, open, seal};
 
 const PROVIDER: &str = "local";
 
-/// Why the master key file cannot be used, or what it wrapped cannot be unwrapped.
+/// Why the master key file cannot be used.
 #[derive(Debug, Error)]
 pub enum MasterKeyError {
     #[error("cannot {what} the master key file {path}: {source}")]
@@ -34,10 +36,6 @@ pub enum MasterKeyError {
     BadLine { path: PathBuf, line: usize },
     #[error("the master key file {path} holds no key", path = path.display())]
     Empty { path: PathBuf },
-    #[error("the data encryption key was wrapped by {kek_id:?}, which this master key file does not hold")]
-    UnknownKey { kek_id: String },
-    #[error("the data encryption key that {kek_id:?} wrapped: {source}")]
-    Envelope { kek_id: String, source: EnvelopeError },
 }
 
 struct MasterKey {
@@ -114,35 +112,47 @@ impl LocalKms {
         }
     }
 
-    /// The ID under which [`Self::wrap`] wraps, as it is stored.
-    pub fn kek_id(&self) -> String {
+    /// The ID of the key that wraps, as it is stored.
+    fn kek_id(&self) -> String {
         format!("{PROVIDER}:{}", self.keys[0].id)
     }
+}
 
-    /// Wraps a DEK under the first master key.
-    pub fn wrap(&self, context: &Context<'_>, dek: &DataEncryptionKey) -> Vec<u8> {
-        seal(&self.keys[0].key, *entropy::random::<NONCE_LEN>(), context, dek.expose())
+#[async_trait]
+impl Kms for LocalKms {
+    async fn generate_data_key(
+        &self,
+        context: &Context<'_>,
+    ) -> Result<(DataEncryptionKey, WrappedKey), KmsError> {
+        let key = DataEncryptionKey::from_bytes(*entropy::random());
+        let wrapped = self.wrap(context, &key).await?;
+        Ok((key, wrapped))
     }
 
-    /// Unwraps a DEK under the master key that wrapped it.
-    ///
-    /// # Errors
-    /// A key that is not in the file, or an envelope that does not open.
-    pub fn unwrap(
+    async fn wrap(&self, context: &Context<'_>, key: &DataEncryptionKey) -> Result<WrappedKey, KmsError> {
+        let bytes = seal(&self.keys[0].key, *entropy::random::<NONCE_LEN>(), context, key.expose());
+        Ok(WrappedKey { kek_id: self.kek_id(), bytes })
+    }
+
+    async fn unwrap(
         &self,
-        kek_id: &str,
         context: &Context<'_>,
-        wrapped: &[u8],
-    ) -> Result<DataEncryptionKey, MasterKeyError> {
-        let unknown = || MasterKeyError::UnknownKey { kek_id: kek_id.to_owned() };
-        let envelope = |source| MasterKeyError::Envelope { kek_id: kek_id.to_owned(), source };
-        let id = kek_id.strip_prefix(PROVIDER).and_then(|rest| rest.strip_prefix(':'));
-        let master = self.keys.iter().find(|key| Some(key.id.as_str()) == id).ok_or_else(unknown)?;
-        let plaintext = open(&master.key, context, wrapped).map_err(envelope)?;
+        wrapped: &WrappedKey,
+    ) -> Result<DataEncryptionKey, KmsError> {
+        let failed = |cause| KmsError { provider: PROVIDER, key: wrapped.kek_id.clone(), cause };
+        let id = wrapped.kek_id.strip_prefix(PROVIDER).and_then(|rest| rest.strip_prefix(':'));
+        let master = self.keys.iter().find(|key| Some(key.id.as_str()) == id);
+        let master = master.ok_or_else(|| failed(Cause::Foreign))?;
+        let plaintext =
+            open(&master.key, context, &wrapped.bytes).map_err(|error| failed(Cause::Envelope(error)))?;
         let bytes: &[u8; DataEncryptionKey::LEN] = plaintext[..]
             .try_into()
-            .map_err(|_| envelope(EnvelopeError::TooShort { found: plaintext.len() }))?;
+            .map_err(|_| failed(Cause::Envelope(EnvelopeError::TooShort { found: plaintext.len() })))?;
         Ok(DataEncryptionKey::from_bytes(*bytes))
+    }
+
+    async fn describe(&self) -> Result<KeyDescription, KmsError> {
+        Ok(KeyDescription { kek_id: self.kek_id(), version: None })
     }
 }
 
@@ -173,47 +183,36 @@ mod tests {
         path
     }
 
-    #[test]
-    fn the_file_is_made_for_its_owner_alone_and_read_again() {
+    #[tokio::test]
+    async fn the_file_is_made_for_its_owner_alone_and_read_again() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("master.key");
         let stream: StreamId = "ch1".parse().unwrap();
-        let dek = DataEncryptionKey::from_bytes([9; 32]);
         let kms = LocalKms::open(&path).unwrap();
-        let wrapped = kms.wrap(&context(&stream), &dek);
+        let (dek, wrapped) = kms.generate_data_key(&context(&stream)).await.unwrap();
 
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no draft is left behind");
         let again = LocalKms::open(&path).unwrap();
-        let unwrapped = again.unwrap(&kms.kek_id(), &context(&stream), &wrapped).unwrap();
+        let unwrapped = again.unwrap(&context(&stream), &wrapped).await.unwrap();
         assert_eq!(unwrapped.expose(), dek.expose());
     }
 
-    #[test]
-    fn the_first_key_wraps_and_all_unwrap() {
+    #[tokio::test]
+    async fn the_first_key_wraps_and_all_unwrap() {
         let dir = tempfile::tempdir().unwrap();
         let stream: StreamId = "ch1".parse().unwrap();
         let (old, new) = ("01".repeat(32), "02".repeat(32));
         let before = LocalKms::open(&file(&dir, &format!("old:{old}\n"))).unwrap();
-        let wrapped = before.wrap(&context(&stream), &DataEncryptionKey::from_bytes([9; 32]));
+        let (_, wrapped) = before.generate_data_key(&context(&stream)).await.unwrap();
 
         let after = LocalKms::open(&file(&dir, &format!("# rolled\nnew:{new}\nold:{old}\n"))).unwrap();
-        assert_eq!(after.kek_id(), "local:new");
-        assert!(after.unwrap("local:old", &context(&stream), &wrapped).is_ok());
+        assert_eq!(after.describe().await.unwrap().kek_id, "local:new");
+        assert!(after.unwrap(&context(&stream), &wrapped).await.is_ok());
 
         let gone = LocalKms::open(&file(&dir, &format!("new:{new}\n"))).unwrap();
-        let error = gone.unwrap("local:old", &context(&stream), &wrapped).unwrap_err();
-        assert!(matches!(error, MasterKeyError::UnknownKey { .. }), "{error}");
-    }
-
-    #[test]
-    fn a_dek_does_not_open_for_another_stream() {
-        let dir = tempfile::tempdir().unwrap();
-        let kms = LocalKms::open(&dir.path().join("master.key")).unwrap();
-        let (ch1, ch2): (StreamId, StreamId) = ("ch1".parse().unwrap(), "ch2".parse().unwrap());
-        let wrapped = kms.wrap(&context(&ch1), &DataEncryptionKey::from_bytes([9; 32]));
-        let error = kms.unwrap(&kms.kek_id(), &context(&ch2), &wrapped).unwrap_err();
-        assert!(matches!(error, MasterKeyError::Envelope { .. }), "{error}");
+        let error = gone.unwrap(&context(&stream), &wrapped).await.unwrap_err();
+        assert_eq!((error.key.as_str(), error.cause), ("local:old", Cause::Foreign));
     }
 
     #[test]

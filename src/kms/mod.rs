@@ -1,7 +1,99 @@
-//! Who wraps the data encryption keys: the local master key file.
+//! Who wraps the data encryption keys: a master key file on this machine, or a KMS elsewhere.
 //!
-//! Deliberately absent: the content keys, which are wrapped under a DEK without any call (`keys::seal`).
+//! [`Kms`] is all that the engine knows of either. Every call names what the key is for, and a provider binds that to
+//! the wrapped key: moved to another stream or another version, it does not open. What is far away stands behind a
+//! [`Guard`]. Deliberately absent: the content keys, which are wrapped under a DEK without any call (`keys::seal`).
 
+mod guard;
 mod local;
+mod vault;
 
+use std::fmt;
+
+use async_trait::async_trait;
+use thiserror::Error;
+
+pub use guard::{Guard, Limits};
 pub use local::{LocalKms, MasterKeyError};
+pub use vault::{Login, Secret, VaultKms, VaultSettings};
+
+use crate::keys::{Context, DataEncryptionKey, EnvelopeError};
+
+/// A data encryption key as it is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WrappedKey {
+    /// Which key of which provider wraps it: `local:1f2e3d4c`, `vault:transit/keyshield`.
+    pub kek_id: String,
+    pub bytes: Vec<u8>,
+}
+
+/// The key that wraps, as its provider describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyDescription {
+    pub kek_id: String,
+    /// Of those that the key has, the version that wraps now; `None` where keys have no versions.
+    pub version: Option<u64>,
+}
+
+/// Wraps and unwraps data encryption keys. The context of every call is that of a DEK: its stream, its purpose and its
+/// version (`keys::Context::Dek`).
+#[async_trait]
+pub trait Kms: fmt::Debug + Send + Sync {
+    /// A new key, with what is to be stored of it.
+    async fn generate_data_key(
+        &self,
+        context: &Context<'_>,
+    ) -> Result<(DataEncryptionKey, WrappedKey), KmsError>;
+
+    async fn wrap(&self, context: &Context<'_>, key: &DataEncryptionKey) -> Result<WrappedKey, KmsError>;
+
+    /// Unwraps under the key that wrapped it, which need not be the one that wraps now.
+    async fn unwrap(
+        &self,
+        context: &Context<'_>,
+        wrapped: &WrappedKey,
+    ) -> Result<DataEncryptionKey, KmsError>;
+
+    /// Whether the key that wraps is there and may be used. Changes nothing.
+    async fn describe(&self) -> Result<KeyDescription, KmsError>;
+}
+
+/// Why a call of a KMS failed: whose, about which key, and what to look at.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("KMS {provider}, key {key}: {cause}")]
+pub struct KmsError {
+    pub provider: &'static str,
+    /// The key that was to wrap or unwrap.
+    pub key: String,
+    pub cause: Cause,
+}
+
+impl KmsError {
+    /// Whether the same call may succeed a moment later.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self.cause, Cause::Unavailable(_))
+    }
+
+    /// Whether the KMS answers, and the matter is the wrapped key that it was given.
+    pub fn is_about_what_was_wrapped(&self) -> bool {
+        matches!(self.cause, Cause::Foreign | Cause::Rejected(_) | Cause::Envelope(_))
+    }
+}
+
+/// What is behind a [`KmsError`].
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum Cause {
+    /// Nobody answers, or only that it cannot now.
+    #[error("{0}")]
+    Unavailable(String),
+    /// It answers, and does not let this shield use the key.
+    #[error("{0}")]
+    Refused(String),
+    /// It answers, and does not open what it was given.
+    #[error("{0}")]
+    Rejected(String),
+    #[error("wrapped a data encryption key, but is not held here; was kms.provider or its key changed?")]
+    Foreign,
+    #[error("{0}")]
+    Envelope(#[from] EnvelopeError),
+}

@@ -22,8 +22,9 @@ pub struct Metrics {
     pub stale_playlists: IntCounter,
     pub plaintext_bytes: IntCounter,
     pub promotions: IntCounterVec,
-    /// Data encryption keys wrapped and unwrapped by the KMS, by `operation`.
+    /// Calls of the KMS for data encryption keys, by `operation` and `outcome`.
     pub kms_calls: IntCounterVec,
+    pub kms_up: IntGauge,
     pub keys: IntGaugeVec,
     pub streams: IntGauge,
     /// Streams that changed in the store and could not be taken in.
@@ -84,7 +85,12 @@ impl Metrics {
                 "Content keys promoted, by reason: start, count, promotion, reset.",
                 &["reason"],
             ),
-            kms_calls: counters("keyshield_kms_calls_total", "Calls of the KMS.", &["operation"]),
+            kms_calls: counters(
+                "keyshield_kms_calls_total",
+                "Calls of the KMS, each with the attempts that it took.",
+                &["operation", "outcome"],
+            ),
+            kms_up: gauge("keyshield_kms_up", "Whether the KMS answers and lets its key be used: 1 or 0."),
             keys: register(
                 &registry,
                 IntGaugeVec::new(

@@ -3,6 +3,7 @@
 //! One binary, so that it links once. Everything listens on loopback, is bounded in time and is stopped by
 //! its own process ID. `scripts/bootstrap.sh test` installs what these tests call.
 
+mod bao;
 mod cli;
 mod control_api;
 mod corpus;
@@ -15,6 +16,7 @@ mod fleet_origin;
 mod golden;
 mod harness;
 mod kinds;
+mod kms;
 mod ll_clear;
 mod ll_encoder;
 mod ll_latency;

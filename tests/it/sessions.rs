@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use keyshield::keys::{Context, StreamId, open};
-use keyshield::kms::LocalKms;
+use keyshield::kms::{Kms, LocalKms, WrappedKey};
 use keyshield::store::{Location, Store};
 
 use crate::harness::{Keys, Running, Segment, fetch_segments, free_port, get, openssl_decrypt, pause};
@@ -176,7 +176,8 @@ fn unwrapped(data: &Path) -> Vec<Vec<u8>> {
     let mut secrets = Vec::new();
     for dek in &stored.deks {
         let context = Context::Dek { stream: &stream, dek: dek.id, version: dek.version };
-        let opened = kms.unwrap(&dek.kek_id, &context, &dek.wrapped).unwrap();
+        let wrapped = WrappedKey { kek_id: dek.kek_id.clone(), bytes: dek.wrapped.clone() };
+        let opened = runtime.block_on(kms.unwrap(&context, &wrapped)).unwrap();
         for key in stored.keys.iter().filter(|key| !key.wrapped.is_empty()) {
             let context =
                 Context::Content { stream: &stream, key: key.id, ordinal: key.ordinal, version: dek.version };
@@ -190,7 +191,7 @@ fn unwrapped(data: &Path) -> Vec<Vec<u8>> {
 }
 
 /// The bytes themselves, hex in both cases, and base64 at each of its three alignments.
-fn spellings(secret: &[u8]) -> Vec<(String, Vec<u8>)> {
+pub fn spellings(secret: &[u8]) -> Vec<(String, Vec<u8>)> {
     let mut spellings = vec![
         ("bytes".to_owned(), secret.to_vec()),
         ("hex".to_owned(), hex::encode(secret).into_bytes()),
@@ -210,7 +211,7 @@ fn spellings(secret: &[u8]) -> Vec<(String, Vec<u8>)> {
     spellings
 }
 
-fn contains(haystack: &[u8], needle: &[u8]) -> bool {
+pub fn contains(haystack: &[u8], needle: &[u8]) -> bool {
     haystack.windows(needle.len()).any(|window| window == needle)
 }
 

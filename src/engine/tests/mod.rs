@@ -36,7 +36,7 @@ impl Node {
     async fn start_polling(dir: &Path, clock: Clock, poll_interval: Duration) -> Self {
         let (engine, seat) = Engine::new(clock.clone(), Metrics::new());
         let store = Store::open(&Location::Sqlite(dir.join("keyshield.db")), 4).await.unwrap();
-        let kms = LocalKms::open(&dir.join("master.key")).unwrap();
+        let kms = Arc::new(LocalKms::open(&dir.join("master.key")).unwrap());
         let fleet = Fleet {
             node: hex::encode(&crate::entropy::random::<8>()[..]),
             is_alone: false,
