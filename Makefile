@@ -4,7 +4,9 @@ CARGO ?= cargo
 # Most of the tests wait for players in real time: more of them than cores can do so at once.
 TEST_THREADS ?= 6
 # With the points at which tests kill the process. One build for all tests; never a release (src/fault.rs).
-TEST = $(CARGO) test --locked --features faults
+# What tests store is thrown away: where there is memory for it, they do not wait for a disk to have it.
+SHM := $(shell [ "$$(df --output=avail -k /dev/shm 2>/dev/null | tail -n 1)" -gt 4000000 ] 2>/dev/null && echo /dev/shm)
+TEST = $(if $(SHM),TMPDIR=$(SHM) )$(CARGO) test --locked --features faults
 
 .PHONY: help demo test fleet outage low-latency bench-sweep check fmt build clip clean
 
