@@ -16,6 +16,16 @@ use crate::machine::free_port;
 
 const ROOT_TOKEN: &str = "root-of-the-tests";
 
+/// A port with the one behind it, where the server listens to others of its cluster, though it has none.
+fn two_ports() -> u16 {
+    loop {
+        let port = free_port();
+        if free_port() == port + 1 {
+            return port;
+        }
+    }
+}
+
 /// A running server.
 pub struct Bao {
     // Before the folder: fields are dropped in order.
@@ -27,7 +37,7 @@ pub struct Bao {
 impl Bao {
     pub fn start() -> Self {
         let dir = tempfile::Builder::new().prefix("bao").tempdir().unwrap();
-        let port = free_port();
+        let port = two_ports();
         let program = repository("tests/tools/.venv/bin/bao").display().to_string();
         let root = format!("-dev-root-token-id={ROOT_TOKEN}");
         let listen = format!("-dev-listen-address=127.0.0.1:{port}");
