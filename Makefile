@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 # Most of the tests wait for players in real time: more of them than cores can do so at once.
-TEST_THREADS ?= 6
+TEST_THREADS ?= 4
 # With the points at which tests kill the process. One build for all tests; never a release (src/fault.rs).
 # What tests store is thrown away: where there is memory for it, they do not wait for a disk to have it.
 SHM := $(shell [ "$$(df --output=avail -k /dev/shm 2>/dev/null | tail -n 1)" -gt 4000000 ] 2>/dev/null && echo /dev/shm)
