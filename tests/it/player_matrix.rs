@@ -55,8 +55,6 @@ const LIVE_FRAMES: u64 = 300;
 const LIVE_AUDIO_SECS: f64 = 12.0;
 /// How much a decoder or an encoder may hold back at the end.
 const LOST_FRAMES: u64 = 10;
-/// A browser leaves pictures out when eight times the speed is too much for a busy machine.
-const LOST_BY_PAGES: u64 = 100;
 /// Likewise of sound, and what a player skips to begin where both begin.
 const LOST_SECS: f64 = 1.0;
 
@@ -167,8 +165,7 @@ fn judge(media: Media, player: Player, played: &Played, otherwise: Option<Otherw
         media.has_subtitles() && player.is_in_a_page() && !matches!(otherwise, Some(Without(_)));
     let told = if played.errors.is_empty() { "nothing" } else { &played.errors };
     let fail = |what: String| Err(format!("{what}; it said: {}", told.trim()));
-    let lost = if player.is_in_a_page() { LOST_BY_PAGES } else { LOST_FRAMES };
-    if media.has_video() && played.video_frames + lost < CLIP_FRAMES {
+    if media.has_video() && played.video_frames + LOST_FRAMES < CLIP_FRAMES {
         return fail(format!("{} of {CLIP_FRAMES} pictures", played.video_frames));
     }
     if played.audio_secs + LOST_SECS < f64::from(CLIP_SECS) {
@@ -209,8 +206,15 @@ fn every_player_plays_what_the_table_says() {
     });
     let mut lines: Vec<Line> = lines.into_inner().into_values().collect();
     assert_eq!(lines.len(), rows.len(), "a line a row");
+    // On a busy machine a player may be too late for a picture or a subtitle. A row that surprises is played once more,
+    // by itself: what is wrong with it is wrong again.
+    for (line, (name, row)) in lines.iter_mut().zip(&rows).filter(|(line, _)| !line.surprises.is_empty()) {
+        println!("once more, after: {}", line.surprises.join("; "));
+        *line = play_row(name, row, &shield);
+    }
     if only.as_ref().is_none_or(|word| "Low-Latency HLS".contains(word)) {
-        lines.push(low_latency());
+        let first = low_latency();
+        lines.push(if first.surprises.is_empty() { first } else { low_latency() });
     }
 
     let surprises: Vec<&str> = lines.iter().flat_map(|line| &line.surprises).map(String::as_str).collect();

@@ -1,7 +1,7 @@
 //! Players that are not ours, each made to play a URL and to tell what it decoded.
 //!
 //! None is asked whether it is content: what counts are the pictures and the sound that come out of its decoders. The
-//! ones of the command line run as fast as they can; those in Chromium play at eight times the speed, side by side.
+//! ones of the command line run as fast as they can; those in Chromium play at four times the speed, side by side.
 //!
 //! Deliberately absent: a verdict, which is the player matrix's.
 
@@ -26,8 +26,8 @@ pub struct Pace {
     ends: bool,
 }
 
-/// At its rate, the clip takes a page three seconds.
-pub const RECORDED: Pace = Pace { limit_secs: "20", page_secs: "40", page_rate: "8", ends: true };
+/// At its rate, the clip takes a page six seconds.
+pub const RECORDED: Pace = Pace { limit_secs: "30", page_secs: "40", page_rate: "4", ends: true };
 pub const LIVE: Pace = Pace { limit_secs: "20", page_secs: "20", page_rate: "1", ends: false };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,6 +8,7 @@
 import { loadLibrary } from '/library.js';
 
 const MAX_WARNINGS = 5;
+const SUBTITLES_POLL_MS = 50;
 
 export async function load() {
   await loadLibrary('/video.js');
@@ -34,10 +35,20 @@ export function play(video, url, watch) {
     record({ type: 'videoJsError', details: `code${code}`, fatal: true, reason: message });
   });
   player.on('loadedmetadata', () => {
-    for (const track of watch.textTracks()) {
-      if (track.kind === 'subtitles') track.mode = 'showing';
-    }
+    const subtitles = watch.textTracks().filter((track) => track.kind === 'subtitles');
+    for (const track of subtitles) track.mode = 'showing';
+    beginWithSubtitles(subtitles, begin);
   });
   player.src({ src: url, type: 'application/vnd.apple.mpegurl' });
-  player.ready(begin);
+  // A live stream loads nothing before.
+  player.ready(() => player.play().catch(() => {}));
+}
+
+/**
+ * Goes over to the rate that is asked for when the first subtitles are there: they are loaded from the playhead on, and
+ * those that a fast one had passed by then would be missing.
+ */
+function beginWithSubtitles(tracks, begin) {
+  if (tracks.every((track) => track.cues?.length > 0)) begin();
+  else setTimeout(beginWithSubtitles, SUBTITLES_POLL_MS, tracks, begin);
 }
