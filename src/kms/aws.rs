@@ -209,6 +209,12 @@ impl AwsKms {
     }
 }
 
+/// Sends without a word in the log: at level trace the SDK writes whole requests and answers, or can be told to, and a key
+/// is in these.
+async fn quietly<T>(sent: impl Future<Output = T>) -> T {
+    sent.with_subscriber(NoSubscriber::new()).await
+}
+
 fn encryption_context(context: &Context<'_>) -> HashMap<String, String> {
     let parts = context.named_parts().into_iter();
     parts.map(|(name, value)| (format!("keyshield:{name}"), value)).collect()
@@ -223,7 +229,7 @@ impl Kms for AwsKms {
         const OPERATION: &str = "GenerateDataKey";
         let (home, key) = (self.home().await?, &self.settings.key);
         let request = home.client.generate_data_key().key_id(key).key_spec(DataKeySpec::Aes256);
-        let made = request.set_encryption_context(Some(encryption_context(context))).send().await;
+        let made = quietly(request.set_encryption_context(Some(encryption_context(context))).send()).await;
         let made = made.map_err(|error| self.error(OPERATION, key, home.region.as_ref(), &error))?;
         let plaintext = self.key_of(key, made.plaintext)?;
         let bytes = made.ciphertext_blob.ok_or_else(|| self.incomplete(OPERATION))?.into_inner();
@@ -234,9 +240,7 @@ impl Kms for AwsKms {
         const OPERATION: &str = "Encrypt";
         let home = self.home().await?;
         let request = home.client.encrypt().key_id(&self.settings.key).plaintext(Blob::new(key.expose()));
-        let request = request.set_encryption_context(Some(encryption_context(context))).send();
-        // At level trace the SDK logs whole requests, and this one has the key in it.
-        let wrapped = request.with_subscriber(NoSubscriber::new()).await;
+        let wrapped = quietly(request.set_encryption_context(Some(encryption_context(context))).send()).await;
         let wrapped = wrapped
             .map_err(|error| self.error(OPERATION, &self.settings.key, home.region.as_ref(), &error))?;
         let bytes = wrapped.ciphertext_blob.ok_or_else(|| self.incomplete(OPERATION))?.into_inner();
@@ -251,7 +255,7 @@ impl Kms for AwsKms {
         let home = self.home().await?;
         let (arn, client) = self.wrapped_by(home, &wrapped.kek_id)?;
         let request = client.decrypt().key_id(arn.as_str()).ciphertext_blob(Blob::new(&wrapped.bytes[..]));
-        let opened = request.set_encryption_context(Some(encryption_context(context))).send().await;
+        let opened = quietly(request.set_encryption_context(Some(encryption_context(context))).send()).await;
         let opened = opened.map_err(|error| self.error("Decrypt", arn.as_str(), arn.region(), &error))?;
         self.key_of(arn.as_str(), opened.plaintext)
     }

@@ -79,17 +79,18 @@ pub(crate) fn is_label(text: &str) -> bool {
         && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
 }
 
-/// `1234abcd-12ab-34cd-56ef-1234567890ab`, or `mrk-` and 32 hexadecimal digits.
+/// `1234abcd-12ab-34cd-56ef-1234567890ab`, or `mrk-` and 32 hexadecimal digits, in groups or not.
 pub(crate) fn is_key_id(text: &str) -> bool {
     let is_hex = |text: &str| text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let is_grouped = |text: &str| {
+        let lengths = [8, 4, 4, 4, 12];
+        let groups: Vec<_> = text.split('-').collect();
+        groups.len() == lengths.len()
+            && groups.iter().zip(lengths).all(|(group, length)| group.len() == length && is_hex(group))
+    };
     match text.strip_prefix("mrk-") {
-        Some(digits) => digits.len() == 32 && is_hex(digits),
-        None => {
-            let lengths = [8, 4, 4, 4, 12];
-            let groups: Vec<_> = text.split('-').collect();
-            groups.len() == lengths.len()
-                && groups.iter().zip(lengths).all(|(group, length)| group.len() == length && is_hex(group))
-        }
+        Some(digits) => is_grouped(digits) || digits.len() == 32 && is_hex(digits),
+        None => is_grouped(text),
     }
 }
 
