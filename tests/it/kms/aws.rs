@@ -4,14 +4,15 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
+use aws_sdk_kms::config::Credentials;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use keyshield::keys::DataEncryptionKey;
 use keyshield::kms::{AwsKms, Guard, Kms, Limits};
 use parking_lot::Mutex;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::clouds::{Cloud, REGION, failure, kms_at};
+use super::clouds::{Cloud, REGION, failure, kms_at, kms_by};
 use super::*;
 use crate::harness::{free_port, try_ask, wait_for};
 use crate::origin::Origin;
@@ -57,6 +58,50 @@ fn aws_kms_conforms_and_opens_nothing_without_its_context() {
             STANDARD.encode(key.expose()),
             "the documented words are its context"
         );
+    });
+}
+
+/// The policy that the documentation tells to paste.
+fn documented_policy() -> Value {
+    let page = include_str!("../../../docs/kms.md");
+    let (_, rest) = page.split_once("```json\n").expect("a policy");
+    serde_json::from_str(rest.split_once("```").expect("its end").0).unwrap()
+}
+
+#[test]
+fn aws_kms_conforms_with_no_more_than_the_documented_policy() {
+    let mut policy = documented_policy();
+    let statements = policy["Statement"].as_array_mut().unwrap();
+    let condition = statements[1]["Condition"]["StringEquals"].as_object().unwrap();
+    let (ch1, purpose) = (stream("ch1"), ("purpose", "dek".to_owned()));
+    assert!(context(&ch1, 1).named_parts().contains(&purpose));
+    let expected = json!({"kms:EncryptionContext:keyshield:purpose": "dek"});
+    assert_eq!(Some(condition), expected.as_object(), "what moto does not look at");
+    for statement in statements.iter_mut() {
+        statement["Resource"] = json!("*");
+        statement.as_object_mut().unwrap().remove("Condition");
+    }
+    let moto = Cloud::moto();
+    moto.make_key(ALIAS);
+    let user = moto.user(&policy.to_string());
+    run(conforms(&kms_by(user, &moto.url(), REGION, ALIAS)));
+
+    // Policies are in force, and so are signatures.
+    let moto = Cloud::moto();
+    moto.make_key(ALIAS);
+    policy["Statement"].as_array_mut().unwrap().pop();
+    let user = moto.user(&policy.to_string());
+    let kms = kms_by(user.clone(), &moto.url(), REGION, ALIAS);
+    run(async {
+        kms.describe().await.unwrap();
+        let error = kms.generate_data_key(&context(&ch1, 1)).await.unwrap_err();
+        let text = error.to_string();
+        assert!(!error.is_retryable() && text.contains("IAM policy"), "{text}");
+        let forged = Credentials::new(user.access_key_id(), "another-secret", None, None, "the tests");
+        let error = kms_by(forged, &moto.url(), REGION, ALIAS).describe().await.unwrap_err();
+        let text = format!("{error} {error:?}");
+        assert!(!error.is_retryable() && text.contains("secret access key"), "{text}");
+        assert!(!text.contains("another-secret"), "{text}");
     });
 }
 

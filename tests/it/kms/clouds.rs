@@ -83,6 +83,39 @@ impl Cloud {
         answer
     }
 
+    /// Calls IAM.
+    fn iam(&self, action: &str, parameters: &[(&str, &str)]) -> String {
+        let signed = "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/iam/aws4_request, SignedHeaders=host, \
+            Signature=0";
+        let mut body = url::form_urlencoded::Serializer::new(String::new());
+        body.append_pair("Action", action).append_pair("Version", "2010-05-08");
+        body.extend_pairs(parameters);
+        let request = ureq::http::Request::post(self.url())
+            .header("Content-Type", "application/x-www-form-urlencoded")
+            .header("Authorization", signed);
+        let mut response = agent().run(request.body(body.finish()).unwrap()).unwrap();
+        let text = response.body_mut().read_to_string().unwrap();
+        assert_eq!(response.status(), 200, "{action}: {text}");
+        text
+    }
+
+    /// A user who may do what a policy says and nothing else. From here on, signatures and policies are looked at.
+    pub fn user(&self, policy: &str) -> Credentials {
+        let user = ("UserName", "shield");
+        self.iam("CreateUser", &[user]);
+        let document = ("PolicyDocument", policy);
+        self.iam("PutUserPolicy", &[user, ("PolicyName", "keyshield"), document]);
+        let made = self.iam("CreateAccessKey", &[user]);
+        let part = |name: &str| {
+            let (_, rest) = made.split_once(&format!("<{name}>")).expect(name);
+            rest.split_once('<').expect(name).0.to_owned()
+        };
+        let credentials =
+            Credentials::new(part("AccessKeyId"), part("SecretAccessKey"), None, None, "the tests");
+        agent().post(format!("{}/moto-api/reset-auth", self.url())).send("0").unwrap();
+        credentials
+    }
+
     /// Makes a key that an alias points to, and gives its ARN.
     pub fn make_key(&self, alias: &str) -> String {
         let arn = self.make_key_in(REGION, json!({}));
@@ -129,8 +162,12 @@ pub fn failure(status: u16, code: &str, message: &str) -> Answer {
 }
 
 pub fn kms_at(endpoint: &str, region: &str, key: &str) -> AwsKms {
+    let credentials = Credentials::new("AKIDTEST", "secret-of-the-tests", None, None, "the tests");
+    kms_by(credentials, endpoint, region, key)
+}
+
+pub fn kms_by(credentials: Credentials, endpoint: &str, region: &str, key: &str) -> AwsKms {
     let settings =
         AwsSettings { region: Some(region.into()), key: key.into(), endpoint: Some(endpoint.into()) };
-    let credentials = Credentials::new("AKIDTEST", "secret-of-the-tests", None, None, "the tests");
     AwsKms::new(settings, Duration::from_secs(5)).with_credentials(credentials)
 }
