@@ -25,7 +25,8 @@ where
     let status = error.raw_response().map_or(0, |response| response.status().as_u16());
     match error {
         SdkError::ServiceError(_) => {
-            let code = error.code().unwrap_or("no code");
+            let without = format!("status {status}");
+            let code = error.code().unwrap_or(&without);
             let message = error.message().unwrap_or("no reason given");
             let request = error.request_id().unwrap_or("without ID");
             of_service(code, status, &said(&format!("{operation}: {code}: {message}"), request), key, place)
@@ -79,6 +80,10 @@ fn of_service(code: &str, status: u16, said: &str, key: &str, place: &str) -> Ca
         | "MissingAuthenticationTokenException" => refused("check the credentials"),
         "InvalidSignatureException" | "SignatureDoesNotMatch" | "IncompleteSignature" => {
             refused("check the secret access key, the region and this machine's clock")
+        }
+        // Not KMS's own words: a gateway's, or a firewall's.
+        _ if status == 401 || status == 403 => {
+            refused("check the credentials, the IAM policy, and what stands between here and KMS")
         }
         _ if status >= 500 || status == 429 => Cause::Unavailable(said.to_owned()),
         _ => Cause::Refused(said.to_owned()),
@@ -136,8 +141,9 @@ mod tests {
         check("KeyUnavailableException", 500, unavailable, "");
         check("DependencyTimeoutException", 400, unavailable, "");
         check("KMSInternalException", 500, unavailable, "");
-        check("no code", 502, unavailable, "");
-        check("no code", 429, unavailable, "");
+        check("status 502", 502, unavailable, "");
+        check("status 429", 429, unavailable, "");
+        check("status 403", 403, refused, "what stands between");
         check("AccessDeniedException", 400, refused, "IAM policy");
         check("DisabledException", 400, refused, "aws kms enable-key --key-id alias/k");
         check("KMSInvalidStateException", 400, refused, "cancel-key-deletion --key-id alias/k");

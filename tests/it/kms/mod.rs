@@ -197,3 +197,18 @@ fn plays_survives_a_restart_and_keeps_no_key_in_clear(site: Site<'_>) {
     }
     assert!(searched > 10_000, "the database was searched");
 }
+
+#[test]
+fn a_shield_on_a_master_key_file_plays_survives_a_restart_and_keeps_no_key_in_clear() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("keyshield.master");
+    let kms = LocalKms::open(&file).unwrap();
+    let section = format!("[kms]\nmaster_key_file = \"{}\"\n", file.display());
+    plays_survives_a_restart_and_keeps_no_key_in_clear(Site {
+        dir,
+        section,
+        environment: Vec::new(),
+        credentials: Vec::new(),
+        kms: &kms,
+    });
+}
