@@ -7,6 +7,7 @@ mod check;
 mod demo;
 mod health;
 mod inspect;
+mod kms;
 mod probe;
 pub mod remote;
 mod rewrite;

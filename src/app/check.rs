@@ -4,9 +4,7 @@ use std::fmt::Write;
 
 use serde_json::json;
 
-use crate::config::{
-    Config, Effective, EffectiveValue, Environment, JwksSource, KmsConfig, VaultConfig, masked_url,
-};
+use crate::config::{Config, Effective, EffectiveValue, Environment, JwksSource, KmsConfig, masked_url};
 
 /// Longer lines do not push the column of sources to the right.
 const LONGEST_ALIGNED: usize = 60;
@@ -55,10 +53,19 @@ fn summary(config: &Config) -> String {
         KmsConfig::Local { master_key_file } => {
             line(format_args!("master key  {}", master_key_file.display()));
         }
-        KmsConfig::Vault(VaultConfig { settings, .. }) => line(format_args!(
-            "KMS         vault, key {}/{} at {}",
-            settings.mount, settings.key, settings.address
-        )),
+        #[cfg(feature = "kms-aws")]
+        KmsConfig::Aws(aws) => {
+            let settings = &aws.settings;
+            let region = settings.region.as_deref().unwrap_or("the region that AWS's own settings name");
+            let at = settings.endpoint.as_ref().map(|endpoint| format!(" at {endpoint}")).unwrap_or_default();
+            line(format_args!("KMS         aws, key {} in {region}{at}", settings.key));
+        }
+        #[cfg(feature = "kms-vault")]
+        KmsConfig::Vault(vault) => {
+            let settings = &vault.settings;
+            let at = format_args!("{}/{} at {}", settings.mount, settings.key, settings.address);
+            line(format_args!("KMS         vault, key {at}"));
+        }
     }
     for token in &config.tokens {
         line(format_args!("token       {}: {}", token.name, token.role.name()));

@@ -28,13 +28,13 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
 use super::access::access;
+use super::kms::kms;
 use super::probe::UpstreamProbe;
 use crate::clock::Clock;
-use crate::config::{Config, Database, KmsConfig, VaultConfig};
+use crate::config::{Config, Database};
 use crate::control::{self, Access, AccessSettings, ControlParts, OperatorSlot};
 use crate::engine::{Engine, Fleet, Parting, StreamSpec, Worker, WorkerSeat};
 use crate::entropy;
-use crate::kms::{Guard, Kms, LocalKms, VaultKms};
 use crate::shield::upstream::{Timeouts, Upstream};
 use crate::shield::{self, Shield, ShieldSettings};
 use crate::store::{Location, Store};
@@ -325,7 +325,7 @@ impl ControlStart {
 /// Opens the store and the KMS, and loads every stream.
 async fn load(config: &Config, seat: WorkerSeat) -> anyhow::Result<Worker> {
     let store = Store::open(&location(config), config.store_max_connections).await?;
-    let kms = kms(config)?;
+    let kms = kms(&config.kms)?;
     let fleet = Fleet {
         node: hex::encode(&entropy::random::<8>()[..]),
         // The lock on the file says so.
@@ -335,17 +335,6 @@ async fn load(config: &Config, seat: WorkerSeat) -> anyhow::Result<Worker> {
         lease: config.store_lease,
     };
     Ok(Worker::load(seat, store, kms, fleet, streams(config)).await?)
-}
-
-fn kms(config: &Config) -> anyhow::Result<Arc<dyn Kms>> {
-    match &config.kms {
-        KmsConfig::Local { master_key_file } => Ok(Arc::new(LocalKms::open(master_key_file)?)),
-        KmsConfig::Vault(VaultConfig { settings, limits }) => {
-            let kms = VaultKms::new(settings.clone(), limits.timeout)?;
-            let key = kms.key_name();
-            Ok(Arc::new(Guard::new(kms, "vault", key, *limits)))
-        }
-    }
 }
 
 fn location(config: &Config) -> Location {

@@ -175,6 +175,7 @@ impl fmt::Debug for RawStore {
 pub struct RawKms {
     pub provider: String,
     pub master_key_file: PathBuf,
+    pub aws: RawAws,
     pub vault: RawVault,
 }
 
@@ -183,7 +184,30 @@ impl Default for RawKms {
         Self {
             provider: "local".into(),
             master_key_file: "keyshield.master".into(),
+            aws: RawAws::default(),
             vault: RawVault::default(),
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawAws {
+    pub region: String,
+    pub key: String,
+    pub endpoint: String,
+    pub timeout_secs: u64,
+    pub max_concurrent: usize,
+}
+
+impl Default for RawAws {
+    fn default() -> Self {
+        Self {
+            region: String::new(),
+            key: "alias/keyshield".into(),
+            endpoint: String::new(),
+            timeout_secs: 5,
+            max_concurrent: 16,
         }
     }
 }

@@ -50,6 +50,28 @@ impl Context<'_> {
         }
         aad
     }
+
+    /// The same parts by their names and in words, for a KMS that shows them to operators and lets policies ask for them.
+    /// No two different contexts have the same.
+    pub fn named_parts(&self) -> Vec<(&'static str, String)> {
+        let (purpose, stream, version) = match self {
+            Context::Dek { stream, version, .. } => ("dek", stream, version),
+            Context::Content { stream, version, .. } => ("content", stream, version),
+        };
+        let mut parts = vec![
+            ("purpose", purpose.to_owned()),
+            ("stream", stream.to_string()),
+            ("version", version.0.to_string()),
+        ];
+        match self {
+            Context::Dek { dek, .. } => parts.push(("dek", hex::encode(dek.as_bytes()))),
+            Context::Content { key, ordinal, .. } => {
+                parts.push(("key", hex::encode(key.as_bytes())));
+                parts.push(("ordinal", ordinal.0.to_string()));
+            }
+        }
+        parts
+    }
 }
 
 /// Why a wrapped secret did not open. Says nothing about the bytes themselves.
@@ -136,5 +158,32 @@ mod tests {
     fn no_two_contexts_share_their_authenticated_data() {
         let (a, b) = (stream("ab"), stream("a"));
         assert_ne!(content(&a, 1).aad(), content(&b, 1).aad());
+    }
+
+    #[test]
+    fn every_part_of_a_context_is_in_its_words() {
+        let (a, b) = (stream("a"), stream("b"));
+        let dek = |stream, id, version| Context::Dek {
+            stream,
+            dek: DekId::from_bytes([id; 16]),
+            version: DekVersion(version),
+        };
+        let words = [
+            dek(&a, 3, 1).named_parts(),
+            dek(&b, 3, 1).named_parts(),
+            dek(&a, 4, 1).named_parts(),
+            dek(&a, 3, 2).named_parts(),
+            content(&a, 1).named_parts(),
+            content(&a, 2).named_parts(),
+        ];
+        let different: std::collections::BTreeSet<_> = words.iter().collect();
+        assert_eq!(different.len(), words.len(), "{words:?}");
+        let expected = [
+            ("purpose", "dek"),
+            ("stream", "a"),
+            ("version", "1"),
+            ("dek", "03030303030303030303030303030303"),
+        ];
+        assert_eq!(words[0], expected.map(|(name, value)| (name, value.to_owned())));
     }
 }

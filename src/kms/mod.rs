@@ -2,10 +2,13 @@
 //!
 //! [`Kms`] is all that the engine knows of either. Every call names what the key is for, and a provider binds that to
 //! the wrapped key: moved to another stream or another version, it does not open. What is far away stands behind a
-//! [`Guard`]. Deliberately absent: the content keys, which are wrapped under a DEK without any call (`keys::seal`).
+//! [`Guard`]. A provider but the master key file is a feature of Cargo. Deliberately absent: the content keys, which are wrapped under a DEK without any call (`keys::seal`).
 
+#[cfg(feature = "kms-aws")]
+mod aws;
 mod guard;
 mod local;
+#[cfg(feature = "kms-vault")]
 mod vault;
 
 use std::fmt;
@@ -13,8 +16,13 @@ use std::fmt;
 use async_trait::async_trait;
 use thiserror::Error;
 
+#[cfg(feature = "kms-aws")]
+pub use aws::{AwsKms, AwsSettings, KeyArn};
+#[cfg(feature = "kms-aws")]
+pub(crate) use aws::{is_alias, is_key_id, is_label};
 pub use guard::{Guard, Limits};
 pub use local::{LocalKms, MasterKeyError};
+#[cfg(feature = "kms-vault")]
 pub use vault::{Login, Secret, VaultKms, VaultSettings};
 
 use crate::keys::{Context, DataEncryptionKey, EnvelopeError};
@@ -96,4 +104,14 @@ pub enum Cause {
     Foreign,
     #[error("{0}")]
     Envelope(#[from] EnvelopeError),
+}
+
+/// What is at the bottom of an error: "connection refused", not "error sending request".
+#[cfg(any(feature = "kms-aws", feature = "kms-vault"))]
+fn deepest<'e>(error: &'e (dyn std::error::Error + 'static)) -> &'e (dyn std::error::Error + 'static) {
+    let mut deepest = error;
+    while let Some(source) = deepest.source() {
+        deepest = source;
+    }
+    deepest
 }

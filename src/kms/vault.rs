@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use zeroize::{Zeroize, Zeroizing};
 
 use self::login::Session;
-use super::{Cause, KeyDescription, Kms, KmsError, WrappedKey};
+use super::{Cause, KeyDescription, Kms, KmsError, WrappedKey, deepest};
 use crate::keys::{Context, DataEncryptionKey};
 
 const PROVIDER: &str = "vault";
@@ -298,15 +298,6 @@ impl Answer {
             status => Cause::Refused(format!("{path}: {address} answers {status}: {said}")),
         }
     }
-}
-
-/// What is at the bottom of an error: "connection refused", not "error sending request".
-fn deepest(error: &dyn std::error::Error) -> String {
-    let mut deepest = error;
-    while let Some(source) = deepest.source() {
-        deepest = source;
-    }
-    deepest.to_string()
 }
 
 fn associated_data(context: &Context<'_>) -> String {

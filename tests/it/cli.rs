@@ -399,7 +399,7 @@ fn the_guides_variables_reach_the_demo() {
     let free = || format!("127.0.0.1:{}", free_port());
     let output = Command::new(KEYSHIELD)
         .args(["demo", "--listen", &free(), "--control-listen", &free(), "--origin-listen", &free()])
-        .env("KMS_PROVIDER", "AWS")
+        .env("KMS_PROVIDER", "abacus")
         .output()
         .unwrap();
     let (code, line) = failure(&output);

@@ -138,12 +138,17 @@ impl Running {
 
     /// `keyshield serve` with a configuration to which only listeners are added.
     pub fn serve_with(dir: TempDir, config: &str) -> Self {
-        let mut running = Self::launch(dir, config, &[]);
+        Self::serve_under(dir, config, &[])
+    }
+
+    /// As [`Self::serve_with`], under environment variables.
+    pub fn serve_under(dir: TempDir, config: &str, environment: &[(&str, &str)]) -> Self {
+        let mut running = Self::launch(dir, config, environment);
         running.wait_until_ready();
         running
     }
 
-    /// As [`Self::serve_with`], under environment variables, and without waiting until it is ready: it may never be.
+    /// As [`Self::serve_under`], without waiting until it is ready: it may never be.
     pub fn launch(dir: TempDir, config: &str, environment: &[(&str, &str)]) -> Self {
         let (port, control_port) = (free_port(), free_port());
         let listeners = format!(

@@ -3,7 +3,6 @@
 //! One binary, so that it links once. Everything listens on loopback, is bounded in time and is stopped by
 //! its own process ID. `scripts/bootstrap.sh test` installs what these tests call.
 
-mod bao;
 mod cli;
 mod control_api;
 mod corpus;

@@ -4,7 +4,7 @@
 //! test send half a body and close.
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -90,6 +90,11 @@ impl Gate {
 pub struct Seen {
     pub target: String,
     pub headers: HashMap<String, String>,
+    #[cfg_attr(
+        not(feature = "kms-aws"),
+        allow(dead_code, reason = "some builds have no test that reads it")
+    )]
+    pub body: Vec<u8>,
 }
 
 /// A running origin. Stops when dropped.
@@ -184,7 +189,10 @@ fn converse(
             let Some((name, value)) = line.trim_end().split_once(':') else { break };
             headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
         }
-        let request = Seen { target, headers };
+        let length = headers.get("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
+        let mut body = vec![0; length];
+        reader.read_exact(&mut body)?;
+        let request = Seen { target, headers, body };
         if let Some(seen) = seen {
             seen.lock().push(request.clone());
         }

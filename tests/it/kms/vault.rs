@@ -1,95 +1,42 @@
-//! Providers of wrapping keys: one suite for all, what is each one's own, and a shield that depends on one.
-//!
-//! Vault is OpenBao's real server. Deliberately absent: what surrounds a provider (`kms/guard.rs` tests that on a
-//! stopped clock).
+//! Vault's transit engine: OpenBao's real server.
 
 use std::path::Path;
 use std::time::Duration;
 
-use keyshield::keys::{Context, DataEncryptionKey, DekId, DekVersion, KeyId, Ordinal, StreamId};
-use keyshield::kms::{Kms, KmsError, LocalKms, Login, Secret, WrappedKey};
-use keyshield::store::{Location, Store};
+use keyshield::keys::DataEncryptionKey;
+use keyshield::kms::{Kms, Login, Secret};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::bao::Bao;
-use crate::control_api::{call, tokens};
-use crate::harness::{
-    Keys, Running, Segment, ask, fetch_segments, get, openssl_decrypt, pause, try_ask, wait_at_most, wait_for,
-};
-use crate::origin::{Answer, Origin};
-use crate::sessions::{contains, spellings};
+use super::bao::Bao;
+use super::*;
+use crate::control_api::call;
+use crate::harness::{ask, pause, try_ask, wait_at_most, wait_for};
 use crate::wire::Wire;
 
-const PLAYLIST: &str = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:4\n#EXT-X-MEDIA-SEQUENCE:10\n\
-    #EXTINF:4,\nseg_10.ts\n#EXTINF:4,\nseg_11.ts\n#EXTINF:4,\nseg_12.ts\n";
 /// A token's life, where it is not what is tested.
 const LONG: Duration = Duration::from_secs(3_600);
 
 /// The policy that the documentation tells to paste.
 fn documented_policy() -> String {
-    let page = include_str!("../../docs/kms.md");
+    let page = include_str!("../../../docs/kms.md");
     let (_, rest) = page.split_once("```hcl\n").expect("a policy");
     rest.split_once("```").expect("its end").0.to_owned()
 }
 
-fn stream(id: &str) -> StreamId {
-    id.parse().unwrap()
+/// `[kms]` for a shield whose token lies in its folder.
+fn section(dir: &Path, address: &str, key: &str) -> String {
+    format!(
+        "[kms]\nprovider = \"vault\"\n[kms.vault]\naddress = \"http://{address}\"\nkey = \"{key}\"\n\
+         token_file = \"{}/token\"\ntimeout_secs = 1\n",
+        dir.display()
+    )
 }
 
-fn context(stream: &StreamId, version: u32) -> Context<'_> {
-    Context::Dek { stream, dek: DekId::from_bytes([7; 16]), version: DekVersion(version) }
-}
-
-fn run<T>(test: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test)
-}
-
-fn refused(outcome: Result<DataEncryptionKey, KmsError>, what: &str) {
-    let error = outcome.expect_err(what);
-    assert!(error.is_about_what_was_wrapped() && !error.is_retryable(), "{what}: {error}");
-}
-
-/// What every provider must do.
-async fn conforms(kms: &dyn Kms) {
-    let (ch1, ch2) = (stream("ch1"), stream("ch2"));
-    let here = context(&ch1, 1);
-    let (key, wrapped) = kms.generate_data_key(&here).await.unwrap();
-    assert_eq!(kms.unwrap(&here, &wrapped).await.unwrap().expose(), key.expose());
-    assert_eq!(kms.describe().await.unwrap().kek_id, wrapped.kek_id);
-    assert!(!contains(&wrapped.bytes, key.expose()));
-
-    let again = kms.wrap(&here, &key).await.unwrap();
-    assert_ne!(again.bytes, wrapped.bytes, "every wrapping is another");
-    assert_eq!(kms.unwrap(&here, &again).await.unwrap().expose(), key.expose());
-    let (other, _) = kms.generate_data_key(&here).await.unwrap();
-    assert_ne!(other.expose(), key.expose());
-
-    for wrapped in [&wrapped, &again] {
-        refused(kms.unwrap(&context(&ch2, 1), wrapped).await, "another stream");
-        refused(kms.unwrap(&context(&ch1, 2), wrapped).await, "another version");
-        let dek = DekId::from_bytes([8; 16]);
-        let another = Context::Dek { stream: &ch1, dek, version: DekVersion(1) };
-        refused(kms.unwrap(&another, wrapped).await, "another key's ID");
-        let (id, version) = (KeyId::from_bytes([7; 16]), DekVersion(1));
-        let content = Context::Content { stream: &ch1, key: id, ordinal: Ordinal(0), version };
-        refused(kms.unwrap(&content, wrapped).await, "another purpose");
-
-        let mut changed = wrapped.clone();
-        let at = changed.bytes.len() - 8;
-        changed.bytes[at] = if changed.bytes[at] == b'A' { b'B' } else { b'A' };
-        refused(kms.unwrap(&here, &changed).await, "changed bytes");
-        let cut = WrappedKey { bytes: wrapped.bytes[..at].to_vec(), ..wrapped.clone() };
-        refused(kms.unwrap(&here, &cut).await, "bytes cut off");
-        let foreign = WrappedKey { kek_id: "abacus:key".into(), ..wrapped.clone() };
-        refused(kms.unwrap(&here, &foreign).await, "another provider's");
-    }
-}
-
-#[test]
-fn a_master_key_file_conforms() {
+fn folder(bao: &Bao, policy: &str) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
-    run(conforms(&LocalKms::open(&dir.path().join("master.key")).unwrap()));
+    std::fs::write(dir.path().join("token"), bao.token(policy, LONG)).unwrap();
+    dir
 }
 
 #[test]
@@ -256,95 +203,21 @@ fn jwt() -> String {
     format!("{}.{}.{}", part(json!({"alg": "RS256", "typ": "JWT"})), part(claims), "c2lnbmF0dXJl")
 }
 
-fn media() -> Vec<u8> {
-    (0..50_001_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
-}
-
-fn origin() -> Origin {
-    Origin::start(|request| match request.target.ends_with(".m3u8") {
-        true => Answer::ok(PLAYLIST),
-        false => Answer::ok(media()),
-    })
-}
-
-/// A shield's configuration on a key of a KMS at an address, with streams of these names.
-fn config(dir: &Path, vault: &str, key: &str, origin: &Origin, streams: &[&str]) -> String {
-    let (dir, url) = (dir.display(), origin.url());
-    let streams: String = streams
-        .iter()
-        .map(|id| format!("[[streams]]\nid = \"{id}\"\nplaylist_url = \"{url}/{id}/index.m3u8\"\n"))
-        .collect();
-    format!(
-        "[store]\ndatabase = \"{dir}/keyshield.db\"\n\
-         [kms]\nprovider = \"vault\"\n[kms.vault]\naddress = \"http://{vault}\"\nkey = \"{key}\"\n\
-         token_file = \"{dir}/token\"\ntimeout_secs = 1\n[keys]\nsweep_interval_millis = 50\n{}\
-         [[origins]]\nname = \"main\"\nurls = [\"{url}\"]\n{streams}",
-        tokens()
-    )
-}
-
-fn folder(bao: &Bao, policy: &str) -> TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    std::fs::write(dir.path().join("token"), bao.token(policy, LONG)).unwrap();
-    dir
-}
-
-fn check_plays(shield: &Running, id: &str) -> Vec<Segment> {
-    let segments = fetch_segments(&shield.at(&format!("/{id}/index.m3u8")));
-    for segment in &segments {
-        let key = Keys::default().get(&segment.key_url);
-        assert!(openssl_decrypt(&get(&segment.url).body, &key, &segment.iv) == media(), "{segment:?}");
-    }
-    segments
-}
-
-/// Without the address, which is another after a restart.
-fn paths(segments: &[Segment]) -> Vec<(String, String)> {
-    let path = |url: &str| url::Url::parse(url).unwrap().path().to_owned();
-    segments.iter().map(|segment| (path(&segment.url), path(&segment.key_url))).collect()
-}
-
-/// The first stream's DEK, by the KMS.
-fn unwrapped(dir: &Path, kms: &dyn Kms, id: &str) -> Vec<u8> {
-    let id = stream(id);
-    run(async {
-        let store = Store::open(&Location::Sqlite(dir.join("keyshield.db")), 1).await.unwrap();
-        let stored = store.load(std::slice::from_ref(&id)).await.unwrap().remove(0);
-        store.close().await;
-        let dek = &stored.deks[0];
-        let wrapped = WrappedKey { kek_id: dek.kek_id.clone(), bytes: dek.wrapped.clone() };
-        let context = Context::Dek { stream: &id, dek: dek.id, version: dek.version };
-        kms.unwrap(&context, &wrapped).await.unwrap().expose().to_vec()
-    })
-}
-
 #[test]
 fn a_shield_on_transit_plays_survives_a_restart_and_keeps_no_key_in_clear() {
-    let (bao, origin) = (Bao::start(), origin());
+    let bao = Bao::start();
     bao.make_key("keyshield");
     let dir = folder(&bao, &documented_policy());
-    let config = config(dir.path(), &bao.address().to_string(), "keyshield", &origin, &["ch1"]);
-    let shield = Running::serve_with(dir, &config);
-    let before = check_plays(&shield, "ch1");
-    assert_eq!(shield.metric("keyshield_kms_up"), 1.0);
-
-    let dir = shield.kill();
     let token = std::fs::read(dir.path().join("token")).unwrap();
-    let shield = Running::serve_with(dir, &config);
-    assert_eq!(paths(&check_plays(&shield, "ch1")), paths(&before));
-    assert!(!contains(shield.logged().as_bytes(), &token));
-
-    let dir = shield.kill();
-    let dek = unwrapped(dir.path(), &bao.kms("keyshield"), "ch1");
-    let mut searched = 0;
-    for file in std::fs::read_dir(dir.path()).unwrap().map(|file| file.unwrap().path()) {
-        let text = std::fs::read(&file).unwrap();
-        searched += text.len();
-        for (spelling, needle) in spellings(&dek) {
-            assert!(!contains(&text, &needle), "{} holds the DEK as {spelling}", file.display());
-        }
-    }
-    assert!(searched > 10_000, "the database was searched");
+    let section = section(dir.path(), &bao.address().to_string(), "keyshield");
+    let kms = bao.kms("keyshield");
+    plays_survives_a_restart_and_keeps_no_key_in_clear(Site {
+        dir,
+        section,
+        environment: Vec::new(),
+        credentials: vec![token],
+        kms: &kms,
+    });
 }
 
 #[test]
@@ -353,7 +226,8 @@ fn streams_go_on_without_the_kms_and_a_start_waits_for_it() {
     bao.make_key("keyshield");
     let wire = Wire::to(bao.address());
     let dir = folder(&bao, &documented_policy());
-    let config = config(dir.path(), &wire.address.to_string(), "keyshield", &origin, &["ch1"]);
+    let section = section(dir.path(), &wire.address.to_string(), "keyshield");
+    let config = config(dir.path(), &section, &origin, &["ch1"]);
     let shield = Running::serve_with(dir, &config);
     check_plays(&shield, "ch1");
     wire.cut();
@@ -412,10 +286,10 @@ fn a_stream_whose_key_may_not_be_used_is_put_off_and_the_others_play() {
     let both = of("old") + &of("new");
     let dir = folder(&bao, &both);
     let address = bao.address().to_string();
-    let first = config(dir.path(), &address, "old", &origin, &["ch1"]);
+    let first = config(dir.path(), &section(dir.path(), &address, "old"), &origin, &["ch1"]);
     let dir = Running::serve_with(dir, &first).kill();
 
-    let second = config(dir.path(), &address, "new", &origin, &["ch1", "ch2"]);
+    let second = config(dir.path(), &section(dir.path(), &address, "new"), &origin, &["ch1", "ch2"]);
     let shield = Running::serve_with(dir, &second);
     check_plays(&shield, "ch1");
     check_plays(&shield, "ch2");
