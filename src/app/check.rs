@@ -51,7 +51,7 @@ fn summary(config: &Config) -> String {
     line(format_args!("players     {}", config.listen));
     line(format_args!("operators   {}", config.control_listen));
     line(format_args!("database    {}", config.database));
-    match &config.kms {
+    match &config.kms.wraps {
         KmsConfig::Local { master_key_file } => {
             line(format_args!("master key  {}", master_key_file.display()));
         }
@@ -59,6 +59,9 @@ fn summary(config: &Config) -> String {
             "KMS         vault, key {}/{} at {}",
             settings.mount, settings.key, settings.address
         )),
+    }
+    for kms in &config.kms.also {
+        line(format_args!("held too    {}", kms.name()));
     }
     for token in &config.tokens {
         line(format_args!("token       {}: {}", token.name, token.role.name()));

@@ -34,7 +34,7 @@ use crate::config::{Config, Database, KmsConfig, VaultConfig};
 use crate::control::{self, Access, AccessSettings, ControlParts, OperatorSlot};
 use crate::engine::{Engine, Fleet, Parting, StreamSpec, Worker, WorkerSeat};
 use crate::entropy;
-use crate::kms::{Guard, Kms, LocalKms, VaultKms};
+use crate::kms::{Guard, Held, Keyring, Kms, LocalKms, VaultKms};
 use crate::shield::upstream::{Timeouts, Upstream};
 use crate::shield::{self, Shield, ShieldSettings};
 use crate::store::{Location, Store};
@@ -325,7 +325,7 @@ impl ControlStart {
 /// Opens the store and the KMS, and loads every stream.
 async fn load(config: &Config, seat: WorkerSeat) -> anyhow::Result<Worker> {
     let store = Store::open(&location(config), config.store_max_connections).await?;
-    let kms = kms(config)?;
+    let keyring = Arc::new(keyring(config)?);
     let fleet = Fleet {
         node: hex::encode(&entropy::random::<8>()[..]),
         // The lock on the file says so.
@@ -334,12 +334,24 @@ async fn load(config: &Config, seat: WorkerSeat) -> anyhow::Result<Worker> {
         sweep_interval: config.sweep_interval,
         lease: config.store_lease,
     };
-    Ok(Worker::load(seat, store, kms, fleet, streams(config)).await?)
+    Ok(Worker::load(seat, store, keyring, fleet, streams(config)).await?)
 }
 
-fn kms(config: &Config) -> anyhow::Result<Arc<dyn Kms>> {
-    match &config.kms {
-        KmsConfig::Local { master_key_file } => Ok(Arc::new(LocalKms::open(master_key_file)?)),
+/// Those that are named, and no others: what is only configured is not opened.
+fn keyring(config: &Config) -> anyhow::Result<Keyring> {
+    let held = |config: &KmsConfig, wraps| -> anyhow::Result<Held> {
+        Ok(Held { provider: config.name(), kms: kms(config, wraps)? })
+    };
+    let wraps = held(&config.kms.wraps, true)?;
+    let also = config.kms.also.iter().map(|config| held(config, false));
+    Ok(Keyring::new(wraps, also.collect::<anyhow::Result<_>>()?))
+}
+
+/// A provider; `wraps`: for new keys, and not only held besides.
+fn kms(config: &KmsConfig, wraps: bool) -> anyhow::Result<Arc<dyn Kms>> {
+    match config {
+        KmsConfig::Local { master_key_file } if wraps => Ok(Arc::new(LocalKms::open(master_key_file)?)),
+        KmsConfig::Local { master_key_file } => Ok(Arc::new(LocalKms::read(master_key_file)?)),
         KmsConfig::Vault(VaultConfig { settings, limits }) => {
             let kms = VaultKms::new(settings.clone(), limits.timeout)?;
             let key = kms.key_name();

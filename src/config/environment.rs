@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use super::kms::PROVIDERS;
 use super::layers::{Given, Source};
 use super::schema::{self, Key, nearest};
-use super::{ConfigError, KmsConfig};
+use super::{ConfigError, KeyringConfig, KmsConfig};
 use crate::fault;
 
 const PREFIX: &str = "KEYSHIELD_";
@@ -62,10 +62,10 @@ impl Environment {
     }
 
     /// Variables that are set and not honoured, by this version or with this KMS.
-    pub fn ignored(&self, kms: &KmsConfig) -> Vec<&'static str> {
+    pub fn ignored(&self, kms: &KeyringConfig) -> Vec<&'static str> {
         let is_ignored = |meaning: Meaning| match meaning {
             Meaning::NotYet => true,
-            Meaning::KmsKey => matches!(kms, KmsConfig::Local { .. }),
+            Meaning::KmsKey => kms.held().all(|kms| matches!(kms, KmsConfig::Local { .. })),
             Meaning::Sets(_) | Meaning::KmsProvider => false,
         };
         let ignored = |(name, meaning): (&'static str, Meaning)| {
@@ -272,7 +272,8 @@ mod tests {
     #[test]
     fn what_is_not_honoured_yet_is_said() {
         let set = environment(&[("CDN_ENDPOINTS", "a"), ("PRE_GENERATE_KEYS", "3"), ("KMS_REGION", "b")]);
-        let local = KmsConfig::Local { master_key_file: "keyshield.master".into() };
+        let wraps = KmsConfig::Local { master_key_file: "keyshield.master".into() };
+        let local = KeyringConfig { wraps, also: Vec::new() };
         assert_eq!(set.ignored(&local), ["KMS_REGION", "CDN_ENDPOINTS"]);
         assert_eq!(environment(&[("KMS_KEY_RING", "a")]).ignored(&local), ["KMS_KEY_RING"]);
     }

@@ -1,6 +1,7 @@
 //! Who wraps the data encryption keys, and how this node gets at it.
 //!
-//! What belongs to a provider that is not chosen is not looked at: a file may describe several.
+//! One provider wraps, others may be held besides it, so that keys can go over from one to another. What belongs to a
+//! provider that is neither is not looked at: a file may describe several.
 
 use std::path::PathBuf;
 
@@ -12,11 +13,35 @@ use crate::kms::{Limits, Login, Secret, VaultSettings};
 /// The providers that there are, as they are configured.
 pub(super) const PROVIDERS: [&str; 2] = ["local", "vault"];
 
-/// Who wraps.
+/// Who wraps new keys, and who is held besides, each once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyringConfig {
+    pub wraps: KmsConfig,
+    pub also: Vec<KmsConfig>,
+}
+
+impl KeyringConfig {
+    /// All that are held; the one that wraps is the first.
+    pub fn held(&self) -> impl Iterator<Item = &KmsConfig> {
+        std::iter::once(&self.wraps).chain(&self.also)
+    }
+}
+
+/// One provider.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum KmsConfig {
     Local { master_key_file: PathBuf },
     Vault(VaultConfig),
+}
+
+impl KmsConfig {
+    /// As `kms.provider` and `kms.also` name it, and the IDs of its keys begin.
+    pub fn name(&self) -> &'static str {
+        match self {
+            KmsConfig::Local { .. } => "local",
+            KmsConfig::Vault(_) => "vault",
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,13 +50,27 @@ pub struct VaultConfig {
     pub limits: Limits,
 }
 
-pub(super) fn kms(raw: &RawKms) -> Result<KmsConfig, ConfigError> {
-    match raw.provider.as_str() {
+pub(super) fn keyring(raw: &RawKms) -> Result<KeyringConfig, ConfigError> {
+    let wraps = kms("kms.provider", &raw.provider, raw)?;
+    let mut also = Vec::with_capacity(raw.also.len());
+    for (at, name) in raw.also.iter().enumerate() {
+        if *name == raw.provider || raw.also[..at].contains(name) {
+            let why = "is held already: kms.provider and kms.also name each provider once";
+            return Err(field("kms.also", name, why));
+        }
+        also.push(kms("kms.also", name, raw)?);
+    }
+    Ok(KeyringConfig { wraps, also })
+}
+
+/// A provider by its name, which `named_by` gives.
+fn kms(named_by: &str, name: &str, raw: &RawKms) -> Result<KmsConfig, ConfigError> {
+    match name {
         "local" => Ok(KmsConfig::Local { master_key_file: raw.master_key_file.clone() }),
         "vault" => vault(&raw.vault).map(KmsConfig::Vault),
         other => {
             let why = format!("this version wraps keys by one of: {}", PROVIDERS.join(", "));
-            Err(field("kms.provider", other, &why))
+            Err(field(named_by, other, &why))
         }
     }
 }
@@ -104,15 +143,19 @@ mod tests {
         raw
     }
 
+    fn wraps(raw: &RawKms) -> Result<KmsConfig, ConfigError> {
+        keyring(raw).map(|keyring| keyring.wraps)
+    }
+
     fn refused(change: impl FnOnce(&mut RawVault), named: &str) {
-        let error = kms(&raw(change)).unwrap_err().to_string();
+        let error = wraps(&raw(change)).unwrap_err().to_string();
         assert!(error.starts_with(named) && !error.contains("s.secret"), "{error}");
     }
 
     #[test]
     fn a_token_is_taken_and_not_shown() {
         let raw = raw(|_| {});
-        let KmsConfig::Vault(vault) = kms(&raw).unwrap() else { panic!("it is Vault") };
+        let KmsConfig::Vault(vault) = wraps(&raw).unwrap() else { panic!("it is Vault") };
         assert_eq!((vault.settings.mount.as_str(), vault.settings.key.as_str()), ("transit", "keyshield"));
         let shown = format!("{vault:?} {raw:?}");
         assert!(!shown.contains("s.secret"), "{shown}");
@@ -127,7 +170,7 @@ mod tests {
             vault.approle_role_id = "r".into();
         };
         refused(approle, "kms.vault.approle_secret_id_file");
-        let role = kms(&raw(|vault| {
+        let role = wraps(&raw(|vault| {
             vault.token.clear();
             vault.kubernetes_role = "r".into();
         }));
@@ -149,9 +192,32 @@ mod tests {
     fn a_provider_that_is_not_chosen_is_not_looked_at() {
         let mut raw = raw(|vault| vault.address = "nowhere".into());
         raw.provider = "local".into();
-        assert!(matches!(kms(&raw), Ok(KmsConfig::Local { .. })));
+        assert!(matches!(wraps(&raw), Ok(KmsConfig::Local { .. })));
         raw.provider = "abacus".into();
-        let error = kms(&raw).unwrap_err().to_string();
+        let error = wraps(&raw).unwrap_err().to_string();
         assert!(error.contains("kms.provider") && error.contains("local, vault"), "{error}");
+    }
+
+    #[test]
+    fn others_are_held_besides_the_one_that_wraps_each_once_and_checked() {
+        let with = |also: &[&str], change: fn(&mut RawVault)| {
+            let mut raw = raw(change);
+            raw.provider = "local".into();
+            raw.also = also.iter().map(ToString::to_string).collect();
+            keyring(&raw)
+        };
+        let held = with(&["vault"], |_| {}).unwrap();
+        assert!(
+            matches!(held.wraps, KmsConfig::Local { .. }) && matches!(held.also[..], [KmsConfig::Vault(_)])
+        );
+        assert_eq!(held.held().count(), 2);
+        let refused = |also: &[&str], change, why: &str| {
+            let error = with(also, change).unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        };
+        refused(&["local"], |_| {}, "kms.also = \"local\"");
+        refused(&["vault", "vault"], |_| {}, "each provider once");
+        refused(&["abacus"], |_| {}, "kms.also");
+        refused(&["vault"], |vault| vault.token.clear(), "exactly one of");
     }
 }

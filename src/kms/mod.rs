@@ -2,9 +2,10 @@
 //!
 //! [`Kms`] is all that the engine knows of either. Every call names what the key is for, and a provider binds that to
 //! the wrapped key: moved to another stream or another version, it does not open. What is far away stands behind a
-//! [`Guard`]. Deliberately absent: the content keys, which are wrapped under a DEK without any call (`keys::seal`).
+//! [`Guard`], and a [`Keyring`] holds several. Deliberately absent: the content keys, which are wrapped under a DEK without any call (`keys::seal`).
 
 mod guard;
+mod keyring;
 mod local;
 mod vault;
 
@@ -14,6 +15,7 @@ use async_trait::async_trait;
 use thiserror::Error;
 
 pub use guard::{Guard, Limits};
+pub use keyring::{Held, Keyring};
 pub use local::{LocalKms, MasterKeyError};
 pub use vault::{Login, Secret, VaultKms, VaultSettings};
 
@@ -56,6 +58,25 @@ pub trait Kms: fmt::Debug + Send + Sync {
 
     /// Whether the key that wraps is there and may be used. Changes nothing.
     async fn describe(&self) -> Result<KeyDescription, KmsError>;
+
+    /// Whether what the key of this ID wrapped is opened by who wraps now, and not by another that is held besides.
+    fn is_of_who_wraps(&self, _kek_id: &str) -> bool {
+        true
+    }
+
+    /// Of its key's versions, the one that wrapped this, where that can be told without a call.
+    fn version_of(&self, _wrapped: &WrappedKey) -> Option<u64> {
+        None
+    }
+
+    /// Whether this is wrapped under the key, and its version, that wraps now, as [`Kms::describe`] says.
+    fn is_current(&self, wrapped: &WrappedKey, now: &KeyDescription) -> bool {
+        let is_version = || match (self.version_of(wrapped), now.version) {
+            (Some(version), Some(now)) => version == now,
+            _ => true,
+        };
+        wrapped.kek_id == now.kek_id && is_version()
+    }
 }
 
 /// Why a call of a KMS failed: whose, about which key, and what to look at.
@@ -76,7 +97,7 @@ impl KmsError {
 
     /// Whether the KMS answers, and the matter is the wrapped key that it was given.
     pub fn is_about_what_was_wrapped(&self) -> bool {
-        matches!(self.cause, Cause::Foreign | Cause::Rejected(_) | Cause::Envelope(_))
+        matches!(self.cause, Cause::Foreign | Cause::NotHeld(_) | Cause::Rejected(_) | Cause::Envelope(_))
     }
 }
 
@@ -94,6 +115,10 @@ pub enum Cause {
     Rejected(String),
     #[error("wrapped a data encryption key, but is not held here; was kms.provider or its key changed?")]
     Foreign,
+    #[error(
+        "wrapped a data encryption key, but its provider is not held here: name {0:?} in kms.also, and configure it"
+    )]
+    NotHeld(String),
     #[error("{0}")]
     Envelope(#[from] EnvelopeError),
 }
