@@ -24,10 +24,10 @@ use crate::wire::Wire;
 const PLAYLIST: &str = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:4\n#EXT-X-MEDIA-SEQUENCE:10\n\
     #EXTINF:4,\nseg_10.ts\n#EXTINF:4,\nseg_11.ts\n#EXTINF:4,\nseg_12.ts\n";
 /// A token's life, where it is not what is tested.
-const LONG: Duration = Duration::from_secs(3_600);
+pub(crate) const LONG: Duration = Duration::from_secs(3_600);
 
 /// The policy that the documentation tells to paste.
-fn documented_policy() -> String {
+pub(crate) fn documented_policy() -> String {
     let page = include_str!("../../docs/kms.md");
     let (_, rest) = page.split_once("```hcl\n").expect("a policy");
     rest.split_once("```").expect("its end").0.to_owned()
@@ -260,7 +260,7 @@ fn media() -> Vec<u8> {
     (0..50_001_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
 }
 
-fn origin() -> Origin {
+pub(crate) fn origin() -> Origin {
     Origin::start(|request| match request.target.ends_with(".m3u8") {
         true => Answer::ok(PLAYLIST),
         false => Answer::ok(media()),
@@ -289,7 +289,7 @@ fn folder(bao: &Bao, policy: &str) -> TempDir {
     dir
 }
 
-fn check_plays(shield: &Running, id: &str) -> Vec<Segment> {
+pub(crate) fn check_plays(shield: &Running, id: &str) -> Vec<Segment> {
     let segments = fetch_segments(&shield.at(&format!("/{id}/index.m3u8")));
     for segment in &segments {
         let key = Keys::default().get(&segment.key_url);
