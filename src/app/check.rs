@@ -61,7 +61,7 @@ fn summary(config: &Config) -> String {
         )),
     }
     for kms in &config.kms.also {
-        line(format_args!("held too    {}", kms.name()));
+        line(format_args!("held too    {}", kms.provider()));
     }
     for token in &config.tokens {
         line(format_args!("token       {}: {}", token.name, token.role.name()));

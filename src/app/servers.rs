@@ -340,7 +340,7 @@ async fn load(config: &Config, seat: WorkerSeat) -> anyhow::Result<Worker> {
 /// Those that are named, and no others: what is only configured is not opened.
 fn keyring(config: &Config) -> anyhow::Result<Keyring> {
     let held = |config: &KmsConfig, wraps| -> anyhow::Result<Held> {
-        Ok(Held { provider: config.name(), kms: kms(config, wraps)? })
+        Ok(Held { provider: config.provider(), kms: kms(config, wraps)? })
     };
     let wraps = held(&config.kms.wraps, true)?;
     let also = config.kms.also.iter().map(|config| held(config, false));

@@ -36,7 +36,7 @@ pub enum KmsConfig {
 
 impl KmsConfig {
     /// As `kms.provider` and `kms.also` name it, and the IDs of its keys begin.
-    pub fn name(&self) -> &'static str {
+    pub fn provider(&self) -> &'static str {
         match self {
             KmsConfig::Local { .. } => "local",
             KmsConfig::Vault(_) => "vault",

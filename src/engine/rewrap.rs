@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use thiserror::Error;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 
 use super::Operator;
 use super::operator::OperatorError;
@@ -118,8 +118,11 @@ enum Trouble {
     #[error("it was wrapped otherwise meanwhile; run it again")]
     Changed,
     #[error("{0}")]
-    Ended(#[from] tokio::task::JoinError),
+    Ended(#[from] JoinError),
 }
+
+/// A key, and what became of it.
+type Tried = (StoredDek, Result<Replaced, Trouble>);
 
 impl Operator {
     /// Begins to put all data encryption keys under the current key of a provider that is held, or joins the one that
@@ -296,11 +299,7 @@ impl Core {
     }
 
     /// Counts what became of a key.
-    #[expect(clippy::type_complexity, reason = "it is what a set of tasks gives")]
-    fn note_rewrapped(
-        &self,
-        ended: Option<Result<(StoredDek, Result<Replaced, Trouble>), tokio::task::JoinError>>,
-    ) -> Result<(), StoreError> {
+    fn note_rewrapped(&self, ended: Option<Result<Tried, JoinError>>) -> Result<(), StoreError> {
         let Some(ended) = ended else { return Ok(()) };
         let (dek, outcome) = match ended {
             Ok((dek, outcome)) => (Some(dek), outcome),

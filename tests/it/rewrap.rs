@@ -14,7 +14,9 @@ use tempfile::TempDir;
 use crate::bao::Bao;
 use crate::control_api::{Got, call_at, tokens};
 use crate::fleet_origin::{FleetOrigin, Media, RENDITIONS};
-use crate::harness::{KEYSHIELD, Running, agent, ask, fetch_segments, try_ask_by, wait_at_most, wait_for};
+use crate::harness::{
+    KEYSHIELD, Running, agent, ask, fetch_segments, get, pause, try_ask_by, wait_at_most, wait_for,
+};
 use crate::kms::{LONG, check_plays, documented_policy, origin};
 use crate::operators_cli::run_as;
 use crate::origin::Origin;
@@ -166,11 +168,16 @@ fn go_over(shields: &Shields, providers: &[Provider<'_>]) {
         let nodes = shields.start(&keyring(to, &[from]));
         shields.watched(&nodes, &mut known, || {
             assert_eq!(data_keys(&nodes[0], from.name), PLAYED + IDLE);
+            let unwraps: Vec<_> = nodes[1..].iter().map(unwraps).collect();
             let said = rewrap(&nodes[0], to.name);
             assert!(said.status.success(), "{said:?}");
             for node in &nodes {
                 assert_eq!((data_keys(node, from.name), data_keys(node, to.name)), (0, PLAYED + IDLE));
             }
+            // They hear of it, and have no need to open what they have.
+            let heard = || nodes[1..].iter().map(self::unwraps).collect::<Vec<_>>();
+            pause(Duration::from_secs(1));
+            assert_eq!(heard(), unwraps, "the others unwrapped anew");
         });
         drop(nodes);
         (from.destroy)();
@@ -188,6 +195,15 @@ fn data_keys(node: &Running, provider: &str) -> usize {
     let of = |key: &&Value| key["kekId"].as_str().unwrap().starts_with(&format!("{provider}:"));
     let keys = status["keys"].as_array().unwrap().iter().filter(of);
     keys.map(|key| usize::try_from(key["dataKeys"].as_u64().unwrap()).unwrap()).sum()
+}
+
+/// How many keys a node had unwrapped.
+fn unwraps(node: &Running) -> String {
+    let text = get(&format!("{}/metrics", node.control)).text();
+    let unwraps = text.lines().filter(|line| line.contains("kms_calls_total") && line.contains("\"unwrap\""));
+    let unwraps: String = unwraps.collect();
+    assert!(unwraps.contains("\"ok\""), "{text}");
+    unwraps
 }
 
 fn rewrap(node: &Running, to: &str) -> Output {
@@ -367,7 +383,7 @@ fn one_that_is_killed_in_the_middle_is_run_again_for_what_is_left() {
 
     let shield = Running::serve_with(shield.kill(), &config);
     let done = data_keys(&shield, "vault");
-    assert!(done >= 13 && done < STREAMS, "{done}");
+    assert!((13..STREAMS).contains(&done), "{done}");
     assert_eq!(done + data_keys(&shield, "local"), STREAMS);
     (0..STREAMS).for_each(|at| drop(check_plays(&shield, &format!("ch{at}"))));
     assert_eq!(check_plays(&shield, "ch0").len(), before.len());
