@@ -209,7 +209,12 @@ impl Core {
         streams: &[Arc<Stream>],
     ) -> Result<(Drafts, Option<WorkerError>), WorkerError> {
         let without = || -> Vec<StreamId> {
-            let without = streams.iter().filter(|stream| stream.known.read().deks.is_empty());
+            // One that could not be read may have a key that does not unwrap, and must not get another for that.
+            let is_without = |stream: &&Arc<Stream>| {
+                let known = stream.known.read();
+                known.is_read() && known.deks.is_empty()
+            };
+            let without = streams.iter().filter(is_without);
             without.map(|stream| stream.id.clone()).collect()
         };
         let (mut ids, mut failed) = (without(), None);
