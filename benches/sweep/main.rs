@@ -28,7 +28,7 @@ use clap::Parser;
 use keyshield::clock::Clock;
 use keyshield::engine::{Engine, Fleet, StreamSpec, Worker};
 use keyshield::keys::{Policy, Timestamp};
-use keyshield::kms::LocalKms;
+use keyshield::kms::{Keyring, LocalKms};
 use keyshield::store::{Location, Store};
 use keyshield::telemetry::Metrics;
 
@@ -150,7 +150,7 @@ impl Node {
         let (clock, metrics) = (Clock::manual(now), Metrics::new());
         let (engine, seat) = Engine::new(clock.clone(), metrics.clone());
         let store = Store::open(location, CONNECTIONS).await?;
-        let kms = Arc::new(LocalKms::open(&dir.join("master.key"))?);
+        let kms = Arc::new(Keyring::of("local", Arc::new(LocalKms::open(&dir.join("master.key"))?)));
         let fleet = Fleet {
             node: "bench".into(),
             is_alone: matches!(location, Location::Sqlite(_)),

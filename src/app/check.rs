@@ -49,7 +49,7 @@ fn summary(config: &Config) -> String {
     line(format_args!("players     {}", config.listen));
     line(format_args!("operators   {}", config.control_listen));
     line(format_args!("database    {}", config.database));
-    match &config.kms {
+    match &config.kms.wraps {
         KmsConfig::Local { master_key_file } => {
             line(format_args!("master key  {}", master_key_file.display()));
         }
@@ -66,6 +66,9 @@ fn summary(config: &Config) -> String {
             let at = format_args!("{}/{} at {}", settings.mount, settings.key, settings.address);
             line(format_args!("KMS         vault, key {at}"));
         }
+    }
+    for kms in &config.kms.also {
+        line(format_args!("held too    {}", kms.provider()));
     }
     for token in &config.tokens {
         line(format_args!("token       {}: {}", token.name, token.role.name()));

@@ -5,11 +5,14 @@ use std::sync::Arc;
 use crate::config::KmsConfig;
 use crate::kms::{Kms, LocalKms};
 
+/// A provider; `wraps`: for new keys, and not only held besides.
+///
 /// # Errors
 /// A master key file that cannot be used, or a file of authorities that cannot. That nobody answers is no error here.
-pub(super) fn kms(config: &KmsConfig) -> anyhow::Result<Arc<dyn Kms>> {
+pub(super) fn kms(config: &KmsConfig, wraps: bool) -> anyhow::Result<Arc<dyn Kms>> {
     match config {
-        KmsConfig::Local { master_key_file } => Ok(Arc::new(LocalKms::open(master_key_file)?)),
+        KmsConfig::Local { master_key_file } if wraps => Ok(Arc::new(LocalKms::open(master_key_file)?)),
+        KmsConfig::Local { master_key_file } => Ok(Arc::new(LocalKms::read(master_key_file)?)),
         #[cfg(feature = "kms-aws")]
         KmsConfig::Aws(aws) => {
             let kms = crate::kms::AwsKms::new(aws.settings.clone(), aws.limits.timeout);

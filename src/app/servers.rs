@@ -31,10 +31,11 @@ use super::access::access;
 use super::kms::kms;
 use super::probe::UpstreamProbe;
 use crate::clock::Clock;
-use crate::config::{Config, Database};
+use crate::config::{Config, Database, KmsConfig};
 use crate::control::{self, Access, AccessSettings, ControlParts, OperatorSlot};
 use crate::engine::{Engine, Fleet, Parting, StreamSpec, Worker, WorkerSeat};
 use crate::entropy;
+use crate::kms::{Held, Keyring};
 use crate::shield::upstream::{Timeouts, Upstream};
 use crate::shield::{self, Shield, ShieldSettings};
 use crate::store::{Location, Store};
@@ -325,7 +326,7 @@ impl ControlStart {
 /// Opens the store and the KMS, and loads every stream.
 async fn load(config: &Config, seat: WorkerSeat) -> anyhow::Result<Worker> {
     let store = Store::open(&location(config), config.store_max_connections).await?;
-    let kms = kms(&config.kms)?;
+    let keyring = Arc::new(keyring(config)?);
     let fleet = Fleet {
         node: hex::encode(&entropy::random::<8>()[..]),
         // The lock on the file says so.
@@ -334,7 +335,17 @@ async fn load(config: &Config, seat: WorkerSeat) -> anyhow::Result<Worker> {
         sweep_interval: config.sweep_interval,
         lease: config.store_lease,
     };
-    Ok(Worker::load(seat, store, kms, fleet, streams(config)).await?)
+    Ok(Worker::load(seat, store, keyring, fleet, streams(config)).await?)
+}
+
+/// Those that are named, and no others: what is only configured is not opened.
+fn keyring(config: &Config) -> anyhow::Result<Keyring> {
+    let held = |config: &KmsConfig, wraps| -> anyhow::Result<Held> {
+        Ok(Held { provider: config.provider(), kms: kms(config, wraps)? })
+    };
+    let wraps = held(&config.kms.wraps, true)?;
+    let also = config.kms.also.iter().map(|config| held(config, false));
+    Ok(Keyring::new(wraps, also.collect::<anyhow::Result<_>>()?))
 }
 
 fn location(config: &Config) -> Location {

@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use super::kms::PROVIDERS;
 use super::layers::{Given, Source};
 use super::schema::{self, Key, nearest};
-use super::{ConfigError, KmsConfig};
+use super::{ConfigError, KeyringConfig};
 use crate::fault;
 
 const PREFIX: &str = "KEYSHIELD_";
@@ -62,11 +62,12 @@ impl Environment {
     }
 
     /// Variables that are set and not honoured, by this version or with this KMS.
-    pub fn ignored(&self, kms: &KmsConfig) -> Vec<&'static str> {
-        let section = format!("kms.{}.", kms.provider());
+    pub fn ignored(&self, kms: &KeyringConfig) -> Vec<&'static str> {
+        let sections: Vec<_> = kms.held().map(|kms| format!("kms.{}.", kms.provider())).collect();
+        let is_held = |path: &&str| sections.iter().any(|section| path.starts_with(section));
         let is_ignored = |meaning: Meaning| match meaning {
             Meaning::NotYet => true,
-            Meaning::OfProviders(paths) => !paths.iter().any(|path| path.starts_with(&section)),
+            Meaning::OfProviders(paths) => !paths.iter().any(is_held),
             Meaning::Sets(_) | Meaning::KmsProvider => false,
         };
         let ignored = |(name, meaning): (&'static str, Meaning)| {
@@ -290,7 +291,8 @@ mod tests {
     #[test]
     fn what_is_not_honoured_yet_is_said() {
         let set = environment(&[("CDN_ENDPOINTS", "a"), ("PRE_GENERATE_KEYS", "3"), ("KMS_REGION", "b")]);
-        let local = KmsConfig::Local { master_key_file: "keyshield.master".into() };
+        let wraps = crate::config::KmsConfig::Local { master_key_file: "keyshield.master".into() };
+        let local = KeyringConfig { wraps, also: Vec::new() };
         assert_eq!(set.ignored(&local), ["KMS_REGION", "CDN_ENDPOINTS"]);
         assert_eq!(environment(&[("KMS_KEY_RING", "a")]).ignored(&local), ["KMS_KEY_RING"]);
         #[cfg(feature = "kms-vault")]
@@ -298,7 +300,7 @@ mod tests {
             let mut raw = crate::config::raw::RawKms { provider: "vault".into(), ..Default::default() };
             raw.vault.token = "t".into();
             let set = environment(&[("KMS_KEY_RING", "a"), ("KMS_REGION", "b")]);
-            assert_eq!(set.ignored(&crate::config::kms::kms(&raw).unwrap()), ["KMS_REGION"]);
+            assert_eq!(set.ignored(&crate::config::kms::keyring(&raw).unwrap()), ["KMS_REGION"]);
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Who wraps the data encryption keys, and how this node gets at it.
 //!
-//! What belongs to a provider that is not chosen is not looked at: a file may describe several. Its keys are known even
-//! where the provider is not built in, so that one file serves every build.
+//! One provider wraps, others may be held besides it, so that keys can go over from one to another. What belongs to a
+//! provider that is neither is not looked at: a file may describe several. Its keys are known even where the provider is
+//! not built in, so that one file serves every build.
 
 #[cfg(feature = "kms-aws")]
 mod aws;
@@ -21,7 +22,21 @@ pub use vault::VaultConfig;
 /// The providers that there are, as they are configured; each but the first is a feature, `kms-…`.
 pub(super) const PROVIDERS: [&str; 3] = ["local", "aws", "vault"];
 
-/// Who wraps.
+/// Who wraps new keys, and who is held besides, each once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyringConfig {
+    pub wraps: KmsConfig,
+    pub also: Vec<KmsConfig>,
+}
+
+impl KeyringConfig {
+    /// All that are held; the one that wraps is the first.
+    pub fn held(&self) -> impl Iterator<Item = &KmsConfig> {
+        std::iter::once(&self.wraps).chain(&self.also)
+    }
+}
+
+/// One provider.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum KmsConfig {
     Local {
@@ -34,8 +49,8 @@ pub enum KmsConfig {
 }
 
 impl KmsConfig {
-    /// As in `kms.provider`, and as the provider's own section is called.
-    pub(super) fn provider(&self) -> &'static str {
+    /// As `kms.provider` and `kms.also` name it, its own section is called, and the IDs of its keys begin.
+    pub fn provider(&self) -> &'static str {
         match self {
             KmsConfig::Local { .. } => "local",
             #[cfg(feature = "kms-aws")]
@@ -46,8 +61,22 @@ impl KmsConfig {
     }
 }
 
-pub(super) fn kms(raw: &RawKms) -> Result<KmsConfig, ConfigError> {
-    match raw.provider.as_str() {
+pub(super) fn keyring(raw: &RawKms) -> Result<KeyringConfig, ConfigError> {
+    let wraps = kms("kms.provider", &raw.provider, raw)?;
+    let mut also = Vec::with_capacity(raw.also.len());
+    for (at, name) in raw.also.iter().enumerate() {
+        if *name == raw.provider || raw.also[..at].contains(name) {
+            let why = "is held already: kms.provider and kms.also name each provider once";
+            return Err(field("kms.also", name, why));
+        }
+        also.push(kms("kms.also", name, raw)?);
+    }
+    Ok(KeyringConfig { wraps, also })
+}
+
+/// A provider by its name, which `named_by` gives.
+fn kms(named_by: &str, name: &str, raw: &RawKms) -> Result<KmsConfig, ConfigError> {
+    match name {
         "local" => Ok(KmsConfig::Local { master_key_file: raw.master_key_file.clone() }),
         #[cfg(feature = "kms-aws")]
         "aws" => aws::aws(&raw.aws).map(KmsConfig::Aws),
@@ -55,11 +84,11 @@ pub(super) fn kms(raw: &RawKms) -> Result<KmsConfig, ConfigError> {
         "vault" => vault::vault(&raw.vault).map(KmsConfig::Vault),
         known if PROVIDERS.contains(&known) => {
             let why = format!("this build is without it: build with the feature kms-{known}");
-            Err(field("kms.provider", known, &why))
+            Err(field(named_by, known, &why))
         }
         other => {
             let why = format!("this version wraps keys by one of: {}", PROVIDERS.join(", "));
-            Err(field("kms.provider", other, &why))
+            Err(field(named_by, other, &why))
         }
     }
 }
@@ -68,14 +97,18 @@ pub(super) fn kms(raw: &RawKms) -> Result<KmsConfig, ConfigError> {
 mod tests {
     use super::*;
 
+    fn wraps(raw: &RawKms) -> Result<KmsConfig, ConfigError> {
+        keyring(raw).map(|keyring| keyring.wraps)
+    }
+
     #[test]
     fn a_provider_that_is_not_chosen_is_not_looked_at() {
         let mut raw = RawKms::default();
         raw.vault.address = "nowhere".into();
         raw.aws.endpoint = "nowhere".into();
-        assert!(matches!(kms(&raw), Ok(KmsConfig::Local { .. })));
+        assert!(matches!(wraps(&raw), Ok(KmsConfig::Local { .. })));
         raw.provider = "abacus".into();
-        let error = kms(&raw).unwrap_err().to_string();
+        let error = wraps(&raw).unwrap_err().to_string();
         assert!(error.contains("kms.provider") && error.contains("local, aws, vault"), "{error}");
     }
 
@@ -85,7 +118,7 @@ mod tests {
         for (provider, is_built_in) in built {
             let mut raw = RawKms { provider: provider.into(), ..RawKms::default() };
             raw.vault.token = "t".into();
-            match kms(&raw) {
+            match wraps(&raw) {
                 Ok(kms) => assert!(is_built_in && kms.provider() == provider),
                 Err(error) => {
                     let feature = format!("kms-{provider}");
@@ -93,5 +126,29 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[cfg(feature = "kms-vault")]
+    #[test]
+    fn others_are_held_besides_the_one_that_wraps_each_once_and_checked() {
+        let with = |also: &[&str], token: &str| {
+            let mut raw = RawKms::default();
+            raw.vault.token = token.into();
+            raw.also = also.iter().map(ToString::to_string).collect();
+            keyring(&raw)
+        };
+        let held = with(&["vault"], "t").unwrap();
+        assert!(
+            matches!(held.wraps, KmsConfig::Local { .. }) && matches!(held.also[..], [KmsConfig::Vault(_)])
+        );
+        assert_eq!(held.held().count(), 2);
+        let refused = |also: &[&str], token, why: &str| {
+            let error = with(also, token).unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        };
+        refused(&["local"], "t", "kms.also = \"local\"");
+        refused(&["vault", "vault"], "t", "each provider once");
+        refused(&["abacus"], "t", "kms.also");
+        refused(&["vault"], "", "exactly one of");
     }
 }

@@ -31,9 +31,9 @@ pub use environment::Environment;
 pub use error::ConfigError;
 #[cfg(feature = "kms-aws")]
 pub use kms::AwsConfig;
-pub use kms::KmsConfig;
 #[cfg(feature = "kms-vault")]
 pub use kms::VaultConfig;
+pub use kms::{KeyringConfig, KmsConfig};
 pub use layers::{Layers, Setting, Source};
 pub use raw::{RawConfig, RawControl, RawJwt, RawOrigin, RawPolicy, RawStream, RawToken};
 pub use secrets::masked_url;
@@ -62,7 +62,7 @@ pub struct Config {
     pub store_poll_interval: Duration,
     /// How long a node that does not renew it holds the lease of the sweep.
     pub store_lease: Duration,
-    pub kms: KmsConfig,
+    pub kms: KeyringConfig,
     pub sweep_interval: Duration,
     pub key_uri_base: String,
     pub key_max_age: Duration,
@@ -139,7 +139,7 @@ impl Config {
                 50..=10_000,
             )?,
             store_lease: secs("store.lease_secs", raw.store.lease_secs, 2..=300)?,
-            kms: kms::kms(&raw.kms)?,
+            kms: kms::keyring(&raw.kms)?,
             sweep_interval: millis(
                 "keys.sweep_interval_millis",
                 raw.keys.sweep_interval_millis,

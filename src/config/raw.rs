@@ -174,6 +174,7 @@ impl fmt::Debug for RawStore {
 #[serde(default, deny_unknown_fields)]
 pub struct RawKms {
     pub provider: String,
+    pub also: Vec<String>,
     pub master_key_file: PathBuf,
     pub aws: RawAws,
     pub vault: RawVault,
@@ -183,6 +184,7 @@ impl Default for RawKms {
     fn default() -> Self {
         Self {
             provider: "local".into(),
+            also: Vec::new(),
             master_key_file: "keyshield.master".into(),
             aws: RawAws::default(),
             vault: RawVault::default(),

@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 
 use toml::{Table, Value};
 
-use super::raw::{RawConfig, RawControl, RawJwt, RawOrigin, RawPolicy, RawStream, RawToken};
+use super::raw::{RawConfig, RawControl, RawJwt, RawKms, RawOrigin, RawPolicy, RawStream, RawToken};
 
 /// The configuration with everything given once: tables hold all their keys, lists hold one element.
 fn everything() -> RawConfig {
@@ -18,6 +18,7 @@ fn everything() -> RawConfig {
             jwt: Some(RawJwt { jwks_file: Some(text()), jwks_url: Some(text()), ..RawJwt::default() }),
             ..RawControl::default()
         },
+        kms: RawKms { also: vec![text()], ..RawKms::default() },
         policy: RawPolicy::guide(),
         origins: vec![RawOrigin { urls: vec![text()], query_params: vec![text()], ..RawOrigin::default() }],
         streams: vec![RawStream {

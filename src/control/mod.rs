@@ -9,6 +9,7 @@ mod auth;
 mod extract;
 mod health;
 mod keys;
+mod kms;
 mod openapi;
 mod probe;
 mod problem;
@@ -98,6 +99,8 @@ fn guarded() -> OpenApiRouter<Control> {
         .routes(routes!(keys::rotations))
         .routes(routes!(keys::rotate))
         .routes(routes!(keys::emergency_revoke))
+        .routes(routes!(kms::status))
+        .routes(routes!(kms::rewrap, kms::rewrapping))
 }
 
 fn open() -> OpenApiRouter<Control> {

@@ -22,6 +22,7 @@ use crate::keys::KeyMethod;
     tags(
         (name = "streams", description = "Begin, change and end streams."),
         (name = "keys", description = "Keys and their rotation; never their bytes."),
+        (name = "kms", description = "Who wraps the data encryption keys, and going over to another."),
         (name = "operation", description = "How the shield is. No token is needed.")
     ),
     components(schemas(Problem)),
@@ -69,7 +70,7 @@ problem_responses! {
     Refusals:
     (401, "No valid token."),
     (403, "Not permitted to the caller's roles."),
-    (503, "Nothing was changed: keys are not loaded yet (`not-ready`), the store or the KMS failed (`failed`), tokens \
+    (503, "Nothing was changed: keys are not loaded yet (`not-ready`), the store or the KMS failed (`failed`, `kms-failed`), tokens \
            cannot be checked (`no-issuer-keys`). Or the store did not say whether it was done (`outcome-unknown`): \
            read the stream and its keys, and ask again if it was not."),
 }

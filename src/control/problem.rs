@@ -31,18 +31,20 @@ pub(super) enum Kind {
     StreamChanged,
     RevocationDisabled,
     KeyNotRevocable,
+    RewrapRuns,
     TooLarge,
     NotJson,
     Invalid,
     NotReady,
     Failed,
+    KmsFailed,
     OutcomeUnknown,
     NoIssuerKeys,
 }
 
 impl Kind {
     #[cfg(test)]
-    pub(super) const ALL: [Kind; 21] = [
+    pub(super) const ALL: [Kind; 23] = [
         Kind::BadJson,
         Kind::Unauthenticated,
         Kind::Forbidden,
@@ -57,11 +59,13 @@ impl Kind {
         Kind::StreamChanged,
         Kind::RevocationDisabled,
         Kind::KeyNotRevocable,
+        Kind::RewrapRuns,
         Kind::TooLarge,
         Kind::NotJson,
         Kind::Invalid,
         Kind::NotReady,
         Kind::Failed,
+        Kind::KmsFailed,
         Kind::OutcomeUnknown,
         Kind::NoIssuerKeys,
     ];
@@ -84,11 +88,13 @@ impl Kind {
             Kind::StreamChanged => (S::CONFLICT, "stream-changed", "The stream was changed meanwhile"),
             Kind::RevocationDisabled => (S::CONFLICT, "revocation-disabled", "Revocation is switched off"),
             Kind::KeyNotRevocable => (S::CONFLICT, "key-not-revocable", "The key cannot be revoked"),
+            Kind::RewrapRuns => (S::CONFLICT, "rewrap-runs", "Another re-wrap runs"),
             Kind::TooLarge => (S::PAYLOAD_TOO_LARGE, "body-too-large", "The body is too large"),
             Kind::NotJson => (S::UNSUPPORTED_MEDIA_TYPE, "not-json", "The body's type is not JSON"),
             Kind::Invalid => (S::UNPROCESSABLE_ENTITY, "invalid", "The request does not make sense"),
             Kind::NotReady => (S::SERVICE_UNAVAILABLE, "not-ready", "Keys are not loaded yet"),
             Kind::Failed => (S::SERVICE_UNAVAILABLE, "failed", "It could not be done"),
+            Kind::KmsFailed => (S::SERVICE_UNAVAILABLE, "kms-failed", "The KMS does not do it"),
             Kind::OutcomeUnknown => {
                 (S::SERVICE_UNAVAILABLE, "outcome-unknown", "It is not known whether it was done")
             }
@@ -200,6 +206,11 @@ impl From<OperatorError> for Problem {
             OperatorError::RevocationDisabled(_) => Kind::RevocationDisabled,
             OperatorError::NotRevocable { .. } => Kind::KeyNotRevocable,
             OperatorError::NotReady => Kind::NotReady,
+            OperatorError::NotHeld { held, .. } => {
+                return Faults::of("to", format!("is not held here; name it in kms.also. Held are {held}"));
+            }
+            OperatorError::RewrapRuns(_) => Kind::RewrapRuns,
+            OperatorError::Kms(_) => Kind::KmsFailed,
             OperatorError::Failed(why) => {
                 tracing::error!(why, "an operator's call failed");
                 return Problem::new(
@@ -262,6 +273,9 @@ mod tests {
             (OperatorError::RevocationDisabled(id()), 409),
             (OperatorError::NotRevocable { key, state: "destroyed" }, 409),
             (OperatorError::NotReady, 503),
+            (OperatorError::NotHeld { provider: "aws".into(), held: "local".into() }, 422),
+            (OperatorError::RewrapRuns("to vault".into()), 409),
+            (OperatorError::Kms("it is sealed".into()), 503),
             (OperatorError::Failed("password=hunter2".into()), 503),
             (OperatorError::Unknown("password=hunter2".into()), 503),
         ] {

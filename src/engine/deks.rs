@@ -25,7 +25,7 @@ use crate::store::{Applied, DekRow, StoredStream, Write, WriteOp};
 /// Keys that are made or unwrapped at once by one who asks for many.
 const AT_ONCE: usize = 32;
 /// How often it is looked whether the KMS is there, and how long a start pauses at most before it looks again.
-const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+pub(super) const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 
 /// What the KMS made of wrapped keys.
@@ -66,7 +66,12 @@ impl Deks {
         let call = async {
             let context = Context::Dek { stream, dek: row.id, version: row.version };
             let wrapped = WrappedKey { kek_id: row.kek_id.clone(), bytes: row.wrapped.clone() };
-            self.note("unwrap", self.kms.unwrap(&context, &wrapped).await)
+            let outcome = self.kms.unwrap(&context, &wrapped).await;
+            // Of one that is only held besides it says nothing about the KMS.
+            match self.kms.is_of_who_wraps(&row.kek_id) {
+                true => self.note("unwrap", outcome),
+                false => self.count("unwrap", outcome),
+            }
         };
         let key = flight.get_or_init(|| call).await.clone();
         self.flights.lock().remove(&row.id);
@@ -86,15 +91,17 @@ impl Deks {
         Ok((DekRow { id, version, kek_id, wrapped: bytes, created_at }, key))
     }
 
+    /// Counts a call.
+    pub(super) fn count<T>(&self, operation: &str, outcome: Result<T, KmsError>) -> Result<T, KmsError> {
+        let name = outcome_of(&outcome).0;
+        self.shared.metrics.kms_calls.with_label_values(&[operation, name]).inc();
+        outcome
+    }
+
     /// Counts a call, and notes what it says about the KMS.
     fn note<T>(&self, operation: &str, outcome: Result<T, KmsError>) -> Result<T, KmsError> {
-        let (name, is_up) = match &outcome {
-            Ok(_) => ("ok", true),
-            Err(error) if error.is_about_what_was_wrapped() => ("rejected", true),
-            Err(error) if error.is_retryable() => ("unavailable", false),
-            Err(_) => ("refused", false),
-        };
-        self.shared.metrics.kms_calls.with_label_values(&[operation, name]).inc();
+        let outcome = self.count(operation, outcome);
+        let is_up = outcome_of(&outcome).1;
         self.shared.metrics.kms_up.set(i64::from(is_up));
         let was_up = std::mem::replace(&mut self.shared.status.write().kms_up, is_up);
         match &outcome {
@@ -127,6 +134,16 @@ impl Deks {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LOOK_INTERVAL);
         }
+    }
+}
+
+/// What a call came to, and whether the KMS answers and lets its key be used.
+pub(super) fn outcome_of<T>(outcome: &Result<T, KmsError>) -> (&'static str, bool) {
+    match outcome {
+        Ok(_) => ("ok", true),
+        Err(error) if error.is_about_what_was_wrapped() => ("rejected", true),
+        Err(error) if error.is_retryable() => ("unavailable", false),
+        Err(_) => ("refused", false),
     }
 }
 
@@ -192,7 +209,12 @@ impl Core {
         streams: &[Arc<Stream>],
     ) -> Result<(Drafts, Option<WorkerError>), WorkerError> {
         let without = || -> Vec<StreamId> {
-            let without = streams.iter().filter(|stream| stream.known.read().deks.is_empty());
+            // One that could not be read may have a key that does not unwrap, and must not get another for that.
+            let is_without = |stream: &&Arc<Stream>| {
+                let known = stream.known.read();
+                known.is_read() && known.deks.is_empty()
+            };
+            let without = streams.iter().filter(is_without);
             without.map(|stream| stream.id.clone()).collect()
         };
         let (mut ids, mut failed) = (without(), None);

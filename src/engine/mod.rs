@@ -12,11 +12,13 @@ mod declare;
 mod deks;
 mod directory;
 mod extend;
+mod held;
 mod live;
 mod make;
 mod merge;
 mod operate;
 mod operator;
+mod rewrap;
 mod stream;
 mod sweeps;
 mod sync;
@@ -33,12 +35,14 @@ use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot, watch};
 
 use directory::Directory;
+pub use held::{HeldStatus, KeyUse, KmsStatus};
 pub use live::{ClearInitSigner, LiveKey, Revoked};
 pub use operate::Operator;
 pub use operator::{
     Erased, Initialized, KeyInfo, ManualRotation, OperatorError, PolicyChange, Revocation, StreamChange,
     StreamInfo, StreamSpec, StreamState,
 };
+pub use rewrap::{Rewrap, RewrapFailure, RewrapState, Rewrapping};
 use stream::NotYet;
 pub use stream::{Published, PublishedKey, Shown, Stream};
 pub use worker::{Fleet, Parting, Worker, WorkerError};

@@ -146,6 +146,14 @@ pub enum OperatorError {
     NoKey { stream: StreamId, key: KeyId },
     #[error("key {key} is {state}: only a key that is in use can be revoked")]
     NotRevocable { key: KeyId, state: &'static str },
+    #[error("provider {provider:?} is not held: name it in kms.also; held are {held}")]
+    NotHeld { provider: String, held: String },
+    /// Data encryption keys are being re-wrapped, and not as was asked.
+    #[error("{0}")]
+    RewrapRuns(String),
+    /// What a KMS said when it was asked for the caller's sake. There is no secret in it.
+    #[error("{0}")]
+    Kms(String),
     /// The store or the KMS failed: for the log; the caller is told that it was not done.
     #[error("{0}")]
     Failed(String),

@@ -4,7 +4,7 @@
 //! boundary before a playlist shows it; a promotion that was lost in between is the next sweep's to repeat.
 //! What each task does stands in a file of its own: `extend` (schedules grow), `sweeps` (keys live and die),
 //! `sync` (nodes hear of one another), `declare` (streams of the configuration), `deks` (what the KMS
-//! is asked), `merge` and `make` (keys in and out of their envelopes), `operate` (what operators ask).
+//! is asked), `held` and `rewrap` (from one KMS to another), `merge` and `make` (keys in and out of their envelopes), `operate` (what operators ask).
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -18,17 +18,20 @@ use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
 use super::deks::Deks;
+use super::rewrap::Rewraps;
 use super::stream::{MAX_RENDITIONS, Stream};
 use super::sync::Cursors;
 use super::{Extend, Operator, Shared, StreamSpec, WorkerSeat};
 use crate::fault;
 use crate::keys::{EnvelopeError, KeyId, Ordinal, REPORT_INTERVAL, Reason, SecretError, StreamId, Timestamp};
-use crate::kms::{Kms, KmsError};
+use crate::kms::{Keyring, Kms, KmsError};
 use crate::store::{Applied, Lease, Store, StoreError, Write, WriteOp};
 
 /// Streams that are loaded by one set of queries.
 pub(super) const LOAD_AT_ONCE: u32 = 200;
 
+/// Before everything is loaded again because nothing could be unwrapped.
+const LOAD_PAUSE: Duration = Duration::from_secs(1);
 /// A lease is asked for this long after it should have run out: the store counts in milliseconds.
 const LEASE_MARGIN: Duration = Duration::from_millis(5);
 
@@ -89,6 +92,8 @@ pub(super) struct Core {
     pub(super) shared: Arc<Shared>,
     pub(super) store: Store,
     pub(super) deks: Arc<Deks>,
+    pub(super) keyring: Arc<Keyring>,
+    pub(super) rewraps: Rewraps,
     pub(super) fleet: Fleet,
     /// Streams of this node's configuration.
     pub(super) declared: HashSet<StreamId>,
@@ -107,14 +112,15 @@ pub(super) struct Core {
 
 impl Worker {
     /// Loads every stream, unwraps its keys, and begins those of the configuration: when this returns, the engine
-    /// is ready. Waits for a KMS that is away.
+    /// is ready. Waits for a KMS that is away. Keys that another provider wrapped, which is only held and away, are
+    /// tried again later.
     ///
     /// # Errors
     /// A store that cannot be read, or keys of which none unwraps.
     pub async fn load(
         seat: WorkerSeat,
         store: Store,
-        kms: Arc<dyn Kms>,
+        keyring: Arc<Keyring>,
         fleet: Fleet,
         declared: Vec<StreamSpec>,
     ) -> Result<Self, WorkerError> {
@@ -125,7 +131,9 @@ impl Worker {
             store.forget_nodes().await?;
         }
         let core = Core {
-            deks: Arc::new(Deks::new(kms, Arc::clone(&shared))),
+            deks: Arc::new(Deks::new(Arc::clone(&keyring) as Arc<dyn Kms>, Arc::clone(&shared))),
+            keyring,
+            rewraps: Rewraps::default(),
             shared,
             turns: Semaphore::new(store.writers()),
             store,
@@ -140,8 +148,10 @@ impl Worker {
         loop {
             core.deks.wait_for_kms().await;
             match core.load_all().await {
-                // It went away in between.
-                Err(WorkerError::Kms(error)) if !error.is_about_what_was_wrapped() => {}
+                // It went away in between, or another that wrapped all there is.
+                Err(WorkerError::Kms(error)) if !error.is_about_what_was_wrapped() => {
+                    tokio::time::sleep(LOAD_PAUSE).await;
+                }
                 loaded => break loaded?,
             }
         }
@@ -190,6 +200,7 @@ impl Worker {
         tasks.spawn(Arc::clone(&core).keep_in_step());
         tasks.spawn(Arc::clone(&core).keep_reporting());
         tasks.spawn(Arc::clone(&core).keep_the_kms_in_sight());
+        tasks.spawn(Arc::clone(&core).keep_those_held_in_sight());
         tasks.spawn(Arc::clone(&core).keep_sweeping());
         loop {
             tokio::select! {

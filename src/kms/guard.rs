@@ -149,6 +149,14 @@ impl<K: Kms> Kms for Guard<K> {
     async fn describe(&self) -> Result<KeyDescription, KmsError> {
         self.call(|| self.kms.describe()).await
     }
+
+    fn version_of(&self, wrapped: &WrappedKey) -> Option<u64> {
+        self.kms.version_of(wrapped)
+    }
+
+    fn is_current(&self, wrapped: &WrappedKey, now: &KeyDescription) -> bool {
+        self.kms.is_current(wrapped, now)
+    }
 }
 
 #[cfg(test)]

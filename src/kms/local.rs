@@ -61,12 +61,20 @@ impl LocalKms {
     /// # Errors
     /// A file that cannot be read or made, that others may read, or whose lines are not keys.
     pub fn open(path: &Path) -> Result<Self, MasterKeyError> {
-        let io = |what| move |source| MasterKeyError::Io { what, path: path.to_owned(), source };
         match Self::create(path) {
             Ok(()) => tracing::info!(path = %path.display(), "made a master key file: back it up"),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(io("make")(error)),
+            Err(source) => return Err(MasterKeyError::Io { what: "make", path: path.to_owned(), source }),
         }
+        Self::read(path)
+    }
+
+    /// Reads the file, which must be there: what is held for its old keys is of no use with a new one.
+    ///
+    /// # Errors
+    /// A file that cannot be read, that others may read, or whose lines are not keys.
+    pub fn read(path: &Path) -> Result<Self, MasterKeyError> {
+        let io = |what| move |source| MasterKeyError::Io { what, path: path.to_owned(), source };
         let mode = fs::metadata(path).map_err(io("read"))?.permissions().mode() & 0o777;
         if mode & 0o077 != 0 {
             return Err(MasterKeyError::TooOpen { path: path.to_owned(), mode });
@@ -213,6 +221,14 @@ mod tests {
         let gone = LocalKms::open(&file(&dir, &format!("new:{new}\n"))).unwrap();
         let error = gone.unwrap(&context(&stream), &wrapped).await.unwrap_err();
         assert_eq!((error.key.as_str(), error.cause), ("local:old", Cause::Foreign));
+    }
+
+    #[test]
+    fn a_file_that_is_only_held_is_not_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("master.key");
+        let error = LocalKms::read(&path).unwrap_err().to_string();
+        assert!(error.contains("master.key") && !path.exists(), "{error}");
     }
 
     #[test]

@@ -2,11 +2,13 @@
 //!
 //! [`Kms`] is all that the engine knows of either. Every call names what the key is for, and a provider binds that to
 //! the wrapped key: moved to another stream or another version, it does not open. What is far away stands behind a
-//! [`Guard`]. A provider but the master key file is a feature of Cargo. Deliberately absent: the content keys, which are wrapped under a DEK without any call (`keys::seal`).
+//! [`Guard`], and a [`Keyring`] holds several. A provider but the master key file is a feature of Cargo. Deliberately
+//! absent: the content keys, which are wrapped under a DEK without any call (`keys::seal`).
 
 #[cfg(feature = "kms-aws")]
 mod aws;
 mod guard;
+mod keyring;
 mod local;
 #[cfg(feature = "kms-vault")]
 mod vault;
@@ -21,6 +23,7 @@ pub use aws::{AwsKms, AwsSettings, KeyArn};
 #[cfg(feature = "kms-aws")]
 pub(crate) use aws::{is_alias, is_key_id, is_label};
 pub use guard::{Guard, Limits};
+pub use keyring::{Held, Keyring};
 pub use local::{LocalKms, MasterKeyError};
 #[cfg(feature = "kms-vault")]
 pub use vault::{Login, Secret, VaultKms, VaultSettings};
@@ -64,6 +67,25 @@ pub trait Kms: fmt::Debug + Send + Sync {
 
     /// Whether the key that wraps is there and may be used. Changes nothing.
     async fn describe(&self) -> Result<KeyDescription, KmsError>;
+
+    /// Whether what the key of this ID wrapped is opened by who wraps now, and not by another that is held besides.
+    fn is_of_who_wraps(&self, _kek_id: &str) -> bool {
+        true
+    }
+
+    /// Of its key's versions, the one that wrapped this, where that can be told without a call.
+    fn version_of(&self, _wrapped: &WrappedKey) -> Option<u64> {
+        None
+    }
+
+    /// Whether this is wrapped under the key, and its version, that wraps now, as [`Kms::describe`] says.
+    fn is_current(&self, wrapped: &WrappedKey, now: &KeyDescription) -> bool {
+        let is_version = || match (self.version_of(wrapped), now.version) {
+            (Some(version), Some(now)) => version == now,
+            _ => true,
+        };
+        wrapped.kek_id == now.kek_id && is_version()
+    }
 }
 
 /// Why a call of a KMS failed: whose, about which key, and what to look at.
@@ -84,7 +106,7 @@ impl KmsError {
 
     /// Whether the KMS answers, and the matter is the wrapped key that it was given.
     pub fn is_about_what_was_wrapped(&self) -> bool {
-        matches!(self.cause, Cause::Foreign | Cause::Rejected(_) | Cause::Envelope(_))
+        matches!(self.cause, Cause::Foreign | Cause::NotHeld(_) | Cause::Rejected(_) | Cause::Envelope(_))
     }
 }
 
@@ -102,6 +124,10 @@ pub enum Cause {
     Rejected(String),
     #[error("wrapped a data encryption key, but is not held here; was kms.provider or its key changed?")]
     Foreign,
+    #[error(
+        "wrapped a data encryption key, but its provider is not held here: name {0:?} in kms.also, and configure it"
+    )]
+    NotHeld(String),
     #[error("{0}")]
     Envelope(#[from] EnvelopeError),
 }

@@ -357,4 +357,10 @@ impl Kms for VaultKms {
         }
         Ok(KeyDescription { kek_id: self.kek_id(), version: Some(key.latest_version) })
     }
+
+    fn version_of(&self, wrapped: &WrappedKey) -> Option<u64> {
+        let text = std::str::from_utf8(&wrapped.bytes).ok()?;
+        let (version, _) = text.strip_prefix("vault:v")?.split_once(':')?;
+        version.parse().ok()
+    }
 }

@@ -123,6 +123,29 @@ impl Store {
         .await
     }
 
+    /// Who holds a lease now.
+    pub async fn lease_holder(&self, name: &str) -> Result<Option<String>, StoreError> {
+        bounded(async {
+            let sql = both!(
+                self.dialect,
+                "SELECT holder FROM leases WHERE name = $1 AND expires_at_db > " now
+            );
+            let row = sqlx::query(sql).bind(name).fetch_optional(&mut *self.vital().await?).await?;
+            Ok(row.map(|row| row.try_get("holder")).transpose()?)
+        })
+        .await
+    }
+
+    /// Gives a lease up, if it is still the holder's.
+    pub async fn give_up_lease(&self, name: &str, holder: &str) -> Result<(), StoreError> {
+        bounded(async {
+            let sql = "DELETE FROM leases WHERE name = $1 AND holder = $2";
+            sqlx::query(sql).bind(name).bind(holder).execute(&mut *self.vital().await?).await?;
+            Ok(())
+        })
+        .await
+    }
+
     /// Notes that a node is up.
     pub async fn beat(&self, node: &str) -> Result<(), StoreError> {
         bounded(async {

@@ -6,6 +6,7 @@
 //! (`engine`).
 
 mod apply;
+mod deks;
 mod dialect;
 mod fleet;
 mod keys;
@@ -14,6 +15,7 @@ mod rows;
 mod schedules;
 mod streams;
 
+pub use deks::{DekCursor, Replaced, StoredDek};
 pub use fleet::{Changes, Lease, News};
 pub use keys::{Applied, Write, WriteOp};
 pub use open::{Location, Store};

@@ -151,7 +151,7 @@ impl Store {
 
     /// Empties SQLite's write-ahead log, in which what was overwritten in the database lives on as it was. A failure
     /// takes nothing back that was done: the next one, or the end of the process, does it.
-    pub(super) async fn empty_the_log(&self) {
+    pub async fn empty_the_log(&self) {
         if self.dialect == Dialect::Postgres {
             return;
         }

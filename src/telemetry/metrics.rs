@@ -25,6 +25,8 @@ pub struct Metrics {
     /// Calls of the KMS for data encryption keys, by `operation` and `outcome`.
     pub kms_calls: IntCounterVec,
     pub kms_up: IntGauge,
+    /// By `provider`, of those that are held besides the one that wraps.
+    pub kms_held_up: IntGaugeVec,
     pub keys: IntGaugeVec,
     pub streams: IntGauge,
     /// Streams that changed in the store and could not be taken in.
@@ -91,6 +93,13 @@ impl Metrics {
                 &["operation", "outcome"],
             ),
             kms_up: gauge("keyshield_kms_up", "Whether the KMS answers and lets its key be used: 1 or 0."),
+            kms_held_up: register(
+                &registry,
+                IntGaugeVec::new(
+                    Opts::new("keyshield_kms_held_up", "Whether a KMS that is held besides answers: 1 or 0."),
+                    &["provider"],
+                ),
+            ),
             keys: register(
                 &registry,
                 IntGaugeVec::new(

@@ -61,7 +61,7 @@ pub(crate) struct Got {
 
 impl Got {
     /// The name at the end of the problem's type.
-    fn problem(&self) -> &str {
+    pub(crate) fn problem(&self) -> &str {
         assert_eq!(self.body["status"], self.status, "{self:?}");
         self.body["type"].as_str().unwrap().rsplit(':').next().unwrap()
     }
@@ -73,11 +73,14 @@ impl Got {
 }
 
 fn call_as(role: &str, shield: &Running, method: &str, path: &str, body: &Value) -> Got {
+    call_at(role, shield, method, &format!("/api/hls/streams{path}"), body)
+}
+
+/// Calls whatever is at a path of the control plane.
+pub(crate) fn call_at(role: &str, shield: &Running, method: &str, path: &str, body: &Value) -> Got {
     let agent: ureq::Agent =
         ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(SOON)).build().into();
-    let mut request = ureq::http::Request::builder()
-        .method(method)
-        .uri(format!("{}/api/hls/streams{path}", shield.control));
+    let mut request = ureq::http::Request::builder().method(method).uri(format!("{}{path}", shield.control));
     if !role.is_empty() {
         request = request.header("authorization", format!("Bearer ks_{role}"));
     }

@@ -18,7 +18,7 @@ fn start() -> (Origin, Running) {
     (origin, shield)
 }
 
-fn run_as(role: &str, control: &str, arguments: &[&str]) -> Output {
+pub(crate) fn run_as(role: &str, control: &str, arguments: &[&str]) -> Output {
     let mut command = Command::new(KEYSHIELD);
     command.args(arguments).env("KEYSHIELD_CONTROL", control).stdin(Stdio::null());
     // One that leads nowhere: no call may be shown to a proxy.

@@ -45,7 +45,8 @@ fn every_answer_is_as_the_description_says() {
     println!("{said}");
 }
 
-/// A few playlists and prefixes, so that streams do begin, meet again and get in one another's way.
+/// A few playlists and prefixes, so that streams do begin, meet again and get in one another's way; and the KMS that is
+/// held.
 fn name_what_is_there(document: &mut Value, origin: &str) {
     let schemas = &mut document["components"]["schemas"];
     let playlists: Vec<_> =
@@ -53,6 +54,8 @@ fn name_what_is_there(document: &mut Value, origin: &str) {
     for request in ["InitializeRequest", "UpdateRequest"] {
         schemas[request]["properties"]["playlistUrl"] = json!({"type": "string", "enum": playlists});
     }
+    schemas["RewrapRequest"]["properties"]["to"] = json!({"type": "string", "enum": ["local"]});
+    schemas["RewrapRequest"]["examples"][0]["to"] = json!("local");
     schemas["InitializeRequest"]["examples"][0]["playlistUrl"] = json!(playlists[0]);
     schemas["InitializeRequest"]["properties"]["pathPrefix"] = json!({"type": "string", "enum": ["/"]});
     schemas["CdnEndpoint"] =

@@ -8,8 +8,8 @@ use keyshield::keys::{
     Policy, Reason, StreamId, Timestamp,
 };
 use keyshield::store::{
-    Applied, BoundaryRow, CdnRow, DekRow, KeyLife, KeyRow, Lease, Location, Registered, RenditionRow, Served,
-    Store, StoreError, StoredStream, StreamRow, StreamState, Write, WriteOp,
+    Applied, BoundaryRow, CdnRow, DekCursor, DekRow, KeyLife, KeyRow, Lease, Location, Registered,
+    RenditionRow, Replaced, Served, Store, StoreError, StoredStream, StreamRow, StreamState, Write, WriteOp,
 };
 use serde_json::json;
 use sqlx::{Connection, Executor, PgConnection};
@@ -77,6 +77,8 @@ macro_rules! conforms {
 conforms!(
     who_comes_second_gets_what_the_first_stored,
     of_many_who_store_at_once_one_wins_and_all_agree,
+    a_wrapping_takes_the_place_of_the_one_that_was_read,
+    all_keys_that_wrap_come_page_by_page,
     a_boundary_is_added_behind_the_known_ones_or_not_at_all,
     a_key_goes_through_its_states_once_and_in_their_order,
     a_promotion_takes_the_keys_before_it_along,
@@ -93,6 +95,7 @@ conforms!(
     of_two_who_change_a_stream_neither_undoes_what_the_other_did,
     reports_say_the_same_in_whatever_order_they_come,
     a_lease_is_held_by_one_until_it_runs_out,
+    a_lease_is_looked_at_and_given_up_by_its_holder,
     a_node_that_is_silent_is_missing_until_it_is_given_up,
     the_history_of_keys_comes_in_pages,
     many_streams_are_loaded_in_their_order,
@@ -228,6 +231,49 @@ async fn of_many_who_store_at_once_one_wins_and_all_agree(database: Database) {
     let stored = load(&store, &stream).await;
     assert_eq!(stored.keys, outcomes[0].0);
     assert_eq!(stored.boundaries.len(), 2);
+}
+
+async fn a_wrapping_takes_the_place_of_the_one_that_was_read(database: Database) {
+    let (store, stream) = database.with_stream().await;
+    let read = store.deks_after(&DekCursor::default(), 10).await.unwrap();
+    assert_eq!((read.len(), &read[0].stream, read[0].row.id), (1, &stream, dek(1, 1).id));
+    let rev = load(&store, &stream).await.stream.rev;
+    assert_eq!(store.replace_dek(&read[0], "vault:k", b"new").await.unwrap(), Replaced::Done);
+    let loaded = load(&store, &stream).await;
+    let expected = DekRow { kek_id: "vault:k".into(), wrapped: b"new".to_vec(), ..read[0].row.clone() };
+    assert_eq!((loaded.deks, loaded.stream.rev), (vec![expected], rev + 1), "and other nodes hear of it");
+
+    // Whoever read it before is too late, and nobody hears of what was not done.
+    assert_eq!(store.replace_dek(&read[0], "vault:k", b"newer").await.unwrap(), Replaced::Changed);
+    assert_eq!(load(&store, &stream).await.stream.rev, rev + 1);
+    let read = store.deks_after(&DekCursor::default(), 10).await.unwrap();
+    store.delete_stream(&stream, later(1)).await.unwrap();
+    assert_eq!(store.replace_dek(&read[0], "vault:k", b"newest").await.unwrap(), Replaced::Gone);
+    assert!(store.deks_after(&DekCursor::default(), 10).await.unwrap().is_empty());
+    assert_eq!(store.count_deks().await.unwrap(), 0);
+}
+
+async fn all_keys_that_wrap_come_page_by_page(database: Database) {
+    let store = database.open().await;
+    // In another order than that of their bytes, which databases need not sort by.
+    for (n, id) in (1..).zip(["b", "A", "a-1", "a.1", "C", "a1"]) {
+        let stream = stream(id, &format!("/{id}/"));
+        store.register(&stream).await.unwrap();
+        put_dek(&store, &stream.id, dek(n, 1)).await;
+        put_dek(&store, &stream.id, dek(n + 100, 2)).await;
+    }
+    let (mut after, mut all) = (DekCursor::default(), Vec::new());
+    loop {
+        let page = store.deks_after(&after, 5).await.unwrap();
+        let Some(last) = page.last() else { break };
+        after = last.cursor();
+        all.extend(page.into_iter().map(|dek| (dek.stream, dek.row.version)));
+    }
+    assert_eq!((all.len(), store.count_deks().await.unwrap()), (12, 12));
+    assert!(all.chunks(2).all(|of| of[0].0 == of[1].0 && of[0].1 < of[1].1), "{all:?}");
+    all.sort();
+    all.dedup();
+    assert_eq!(all.len(), 12, "each once");
 }
 
 async fn a_boundary_is_added_behind_the_known_ones_or_not_at_all(database: Database) {
@@ -563,6 +609,17 @@ async fn a_lease_is_held_by_one_until_it_runs_out(database: Database) {
     assert_ne!(hold("sweep", "a", long).await, Lease::Held);
     store.leave("b").await.unwrap();
     assert_eq!(hold("sweep", "a", long).await, Lease::Held, "given up at once");
+}
+
+async fn a_lease_is_looked_at_and_given_up_by_its_holder(database: Database) {
+    let store = database.open().await;
+    assert_eq!(store.lease_holder("re-wrap").await.unwrap(), None);
+    store.hold_lease("re-wrap", "a", Duration::from_secs(60)).await.unwrap();
+    assert_eq!(store.lease_holder("re-wrap").await.unwrap().as_deref(), Some("a"));
+    store.give_up_lease("re-wrap", "b").await.unwrap();
+    assert_eq!(store.lease_holder("re-wrap").await.unwrap().as_deref(), Some("a"), "it is another's");
+    store.give_up_lease("re-wrap", "a").await.unwrap();
+    assert_eq!(store.lease_holder("re-wrap").await.unwrap(), None);
 }
 
 async fn a_node_that_is_silent_is_missing_until_it_is_given_up(database: Database) {

@@ -1,4 +1,4 @@
-//! The arguments of `streams` and `keys`.
+//! The arguments of `streams`, `keys` and `kms`.
 
 use clap::{Args, Subcommand};
 use zeroize::Zeroizing;
@@ -107,5 +107,20 @@ pub enum KeysCommand {
         /// Only this key, and not all that are in use
         #[arg(long, value_name = "KEY-ID")]
         key: Option<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum KmsCommand {
+    /// The providers that are held, and how many data encryption keys are under which of their keys
+    Status,
+    /// Put all data encryption keys under a provider's current key, while streams run
+    #[command(
+        after_help = "Examples:\n  keyshield kms rewrap --to vault\n  keyshield kms rewrap --to vault --json\n\nCtrl-C leaves it running. Run it again to follow it, or to go on with what it left."
+    )]
+    Rewrap {
+        /// A provider of kms.provider or kms.also
+        #[arg(long, value_name = "PROVIDER")]
+        to: String,
     },
 }

@@ -1,13 +1,15 @@
-//! `keyshield streams …` and `keyshield keys …`: the control API from the command line.
+//! `keyshield streams …`, `keyshield keys …` and `keyshield kms …`: the control API from the command line.
 //!
 //! Each command is one call (lists follow their pages). What comes back is shown as a table, or as the API's own
 //! JSON with `--json`. Deliberately absent: any knowledge of the engine; a shield elsewhere is as good as one here.
 
 mod args;
 mod client;
+mod kms;
 mod tables;
 
-pub use args::{KeysCommand, RemoteArgs, StreamsCommand};
+pub use args::{KeysCommand, KmsCommand, RemoteArgs, StreamsCommand};
+pub use kms::kms;
 
 use anyhow::Context;
 use serde_json::{Map, Value, json};

@@ -104,6 +104,42 @@ pub(super) fn revocation_done(answer: &Value) -> String {
     table(&[], lines.into_iter().map(|(name, value)| vec![name.into(), value]))
 }
 
+/// Providers, then what the data encryption keys are under.
+pub(super) fn kms(answer: &Value) -> String {
+    let providers = table(
+        &["PROVIDER", "WRAPS", "KEY", "VERSION", "ERROR"],
+        rows(answer, "providers").map(|held| {
+            let wraps = if held["wraps"] == true { "new keys" } else { "-" };
+            let [provider, key, version, error] =
+                ["provider", "kekId", "version", "error"].map(|name| text(&held[name]));
+            vec![provider, wraps.into(), key, version, error]
+        }),
+    );
+    let keys = table(
+        &["UNDER", "VERSION", "DATA KEYS", "HELD"],
+        rows(answer, "keys").map(|key| {
+            let held = if key["held"] == true { "yes" } else { "no: name its provider in kms.also" };
+            let [id, version, count] = ["kekId", "version", "dataKeys"].map(|name| text(&key[name]));
+            vec![id, version, count, held.into()]
+        }),
+    );
+    format!("{providers}\n{keys}")
+}
+
+pub(super) fn rewrap(answer: &Value) -> String {
+    let names =
+        ["state", "to", "kekId", "version", "total", "rewrapped", "current", "gone", "failed", "error"];
+    let lines = names.into_iter().filter(|name| *name != "error" || !answer[*name].is_null());
+    let mut shown = table(&[], lines.map(|name| vec![name.into(), text(&answer[name])]));
+    if rows(answer, "failures").next().is_some() {
+        let columns = ["streamId", "dekVersion", "kekId", "error"];
+        let failures = rows(answer, "failures").map(|key| columns.map(|name| text(&key[name])).into());
+        shown.push('\n');
+        shown.push_str(&table(&["STREAM", "DEK", "UNDER", "ERROR"], failures));
+    }
+    shown
+}
+
 fn key_line(key: &Value) -> String {
     if key.is_null() {
         return "-".into();
@@ -184,6 +220,30 @@ ORDINAL  KEY  STATE        CREATED  ACTIVATED  FOR    BY  RETIRED  DESTROYED  RE
 3        ab   compromised  T0       T1         count  -   T2       -          sec         found on a forum
 ";
         assert_eq!(keys(&answer), expected);
+    }
+
+    #[test]
+    fn what_is_under_which_key_is_a_table_below_the_providers() {
+        let answer = json!({
+            "providers": [
+                { "provider": "local", "wraps": true, "kekId": "local:a", "version": null, "error": null },
+                { "provider": "vault", "wraps": false, "kekId": null, "version": null, "error": "it is sealed" },
+            ],
+            "keys": [
+                { "kekId": "local:a", "version": null, "held": true, "dataKeys": 12 },
+                { "kekId": "aws:b", "version": null, "held": false, "dataKeys": 1 },
+            ],
+        });
+        let expected = "\
+PROVIDER  WRAPS     KEY      VERSION  ERROR
+local     new keys  local:a  -        -
+vault     -         -        -        it is sealed
+
+UNDER    VERSION  DATA KEYS  HELD
+local:a  -        12         yes
+aws:b    -        1          no: name its provider in kms.also
+";
+        assert_eq!(kms(&answer), expected);
     }
 
     #[test]

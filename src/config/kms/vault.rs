@@ -72,7 +72,7 @@ fn path(name: &str, text: &str) -> Result<String, ConfigError> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{KmsConfig, kms};
+    use super::super::{KmsConfig, keyring};
     use super::*;
     use crate::config::raw::RawKms;
 
@@ -81,6 +81,10 @@ mod tests {
         raw.vault.token = "s.secret".into();
         change(&mut raw.vault);
         raw
+    }
+
+    fn kms(raw: &RawKms) -> Result<KmsConfig, ConfigError> {
+        keyring(raw).map(|keyring| keyring.wraps)
     }
 
     fn refused(change: impl FnOnce(&mut RawVault), named: &str) {

@@ -19,10 +19,13 @@ pub(in crate::control) enum Call {
     Stop,
     Delete,
     Erase,
+    ReadKms,
+    ReadRewrap,
+    Rewrap,
 }
 
 impl Call {
-    pub(in crate::control) const ALL: [Call; 11] = [
+    pub(in crate::control) const ALL: [Call; 14] = [
         Call::ListStreams,
         Call::ReadStream,
         Call::ReadKeys,
@@ -34,16 +37,21 @@ impl Call {
         Call::Stop,
         Call::Delete,
         Call::Erase,
+        Call::ReadKms,
+        Call::ReadRewrap,
+        Call::Rewrap,
     ];
 
     /// The roles that may. Admin stands in every line by hand: nothing is permitted by an `else`.
     pub(in crate::control) fn permitted(self) -> &'static [Role] {
         match self {
             Call::ListStreams | Call::ReadStream => &[Viewer, Auditor, Operator, Security, Admin],
-            Call::ReadKeys | Call::ReadRotations => &[Auditor, Operator, Security, Admin],
+            Call::ReadKeys | Call::ReadRotations | Call::ReadKms | Call::ReadRewrap => {
+                &[Auditor, Operator, Security, Admin]
+            }
             Call::Initialize | Call::Update => &[Operator, Admin],
             Call::Rotate | Call::Stop => &[Operator, Security, Admin],
-            Call::EmergencyRevoke => &[Security, Admin],
+            Call::EmergencyRevoke | Call::Rewrap => &[Security, Admin],
             Call::Delete | Call::Erase => &[Admin],
         }
     }
@@ -62,6 +70,9 @@ impl Call {
             Call::Stop => (Method::POST, "/api/hls/streams/{streamId}/stop"),
             Call::Delete => (Method::DELETE, "/api/hls/streams/{streamId}"),
             Call::Erase => (Method::POST, "/api/hls/streams/{streamId}/erase"),
+            Call::ReadKms => (Method::GET, "/api/hls/kms"),
+            Call::ReadRewrap => (Method::GET, "/api/hls/kms/rewrap"),
+            Call::Rewrap => (Method::POST, "/api/hls/kms/rewrap"),
         }
     }
 

@@ -5,6 +5,7 @@
 //! fraction. Deliberately absent: keys' bytes, which no type here could hold.
 
 mod answers;
+mod kms;
 mod names;
 mod requests;
 
@@ -17,6 +18,7 @@ pub(super) use answers::{
     Erasure, Health, HealthMetrics, HealthServices, Key, KeyList, Revocation, Rotation, RotationList, Stream,
     StreamList,
 };
+pub(super) use kms::{KmsStatus, Rewrap, RewrapRequest, Rewrapping};
 pub(super) use requests::{EraseRequest, InitializeRequest, RevokeRequest, StreamPath, UpdateRequest};
 
 use crate::keys::Timestamp;
@@ -171,6 +173,40 @@ mod tests {
         let erased =
             engine::Erased { data_encryption_keys: 1, content_keys: 42, renditions: 3, erased_at: at(0) };
         assert_eq!(check_schema(Erasure::of(&id, erased))["contentKeys"], 42);
+    }
+
+    #[test]
+    fn a_re_wrap_says_how_far_it_is_and_what_it_left() {
+        check_schema(KmsStatus::from(engine::KmsStatus { held: Vec::new(), keys: Vec::new() }));
+        let failure = engine::RewrapFailure {
+            stream: "ch1".parse().unwrap(),
+            version: crate::keys::DekVersion(2),
+            kek_id: "local:a".into(),
+            why: "it does not open".into(),
+        };
+        let rewrap = engine::Rewrap {
+            state: engine::RewrapState::BrokenOff("the store is away".into()),
+            to: "vault",
+            kek_id: "vault:transit/k".into(),
+            version: Some(3),
+            total: 10,
+            rewrapped: 7,
+            current: 1,
+            gone: 1,
+            failed: 1,
+            failures: vec![failure],
+            started_at: at(0),
+            started_by: "alice".into(),
+            ended_at: Some(at(1_000)),
+        };
+        let answer = check_schema(Rewrap::from(rewrap.clone()));
+        let failures = json!([{
+            "streamId": "ch1", "dekVersion": 2, "kekId": "local:a", "error": "it does not open",
+        }]);
+        assert_eq!((&answer["state"], &answer["failures"]), (&json!("broken-off"), &failures));
+        assert_eq!((&answer["error"], &answer["version"]), (&json!("the store is away"), &json!(3)));
+        let known = engine::Rewrapping { elsewhere: false, job: Some(rewrap) };
+        assert_eq!(check_schema(Rewrapping::from(known))["rewrap"], answer);
     }
 
     #[test]

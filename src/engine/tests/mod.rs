@@ -12,7 +12,7 @@ use crate::clock::Clock;
 use crate::keys::{
     Boundary, MediaSequenceNumber, Ordinal, PlaylistWindow, Policy, REPORT_INTERVAL, Timestamp,
 };
-use crate::kms::LocalKms;
+use crate::kms::{Keyring, LocalKms};
 use crate::store::{Location, Store};
 use crate::telemetry::Metrics;
 
@@ -37,6 +37,7 @@ impl Node {
         let (engine, seat) = Engine::new(clock.clone(), Metrics::new());
         let store = Store::open(&Location::Sqlite(dir.join("keyshield.db")), 4).await.unwrap();
         let kms = Arc::new(LocalKms::open(&dir.join("master.key")).unwrap());
+        let kms = Arc::new(Keyring::of("local", kms));
         let fleet = Fleet {
             node: hex::encode(&crate::entropy::random::<8>()[..]),
             is_alone: false,

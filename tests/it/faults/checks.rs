@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::media::{RENDITIONS, clear};
-use super::scenarios::query;
 use super::session::{Call, Died, PRE_GENERATED_KEYS, Published, Session, State, decrypt};
 use crate::harness::pause;
+use crate::sqlite::query;
 
 /// How long sweeping may take to begin and to make the keys that are to wait: on a fleet's store, the lease of who
 /// was killed has to run out.
@@ -51,7 +51,18 @@ impl Session {
             self.check_keys(id)?;
             self.check_refusal(id)?;
         }
+        self.check_rewrapped()?;
         self.check_rotation()
+    }
+
+    /// What was left of a re-wrap is done by the next one, and then nothing is under the old key.
+    fn check_rewrapped(&mut self) -> Result<(), Died> {
+        let Some(key) = self.memory.rewrapped else { return Ok(()) };
+        self.rewrap()?;
+        let database = self.shield().dir().join("keyshield.db");
+        let left = format!("SELECT 1 FROM deks WHERE kek_id <> '{key}' AND length(wrapped) > 0");
+        assert!(query(&database, &left).is_empty(), "data encryption keys are under the old key");
+        Ok(())
     }
 
     /// It succeeds, or finds that there is nothing left to do.

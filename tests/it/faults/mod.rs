@@ -43,9 +43,14 @@ type Scenarios = [(Scenario, Memory)];
 #[test]
 fn killed_at_any_point_it_goes_on_where_it_was() {
     let started = Instant::now();
-    let make = [scenarios::begun, scenarios::ended, scenarios::redeclared, scenarios::destroyed, || {
-        scenarios::store_away(Postgres::shared())
-    }];
+    let make = [
+        scenarios::begun,
+        scenarios::ended,
+        scenarios::redeclared,
+        scenarios::destroyed,
+        scenarios::rewrapped,
+        || scenarios::store_away(Postgres::shared()),
+    ];
     let scenarios = thread::scope(|scope| make.map(|make| scope.spawn(make)).map(|it| it.join().unwrap()));
     let passed = passed(&scenarios);
     // The first two scenarios are one after the other.

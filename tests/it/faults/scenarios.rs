@@ -5,14 +5,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::Value;
-use sqlx::sqlite::{SqliteConnectOptions, SqliteRow};
-use sqlx::{Connection, Row, SqliteConnection};
+use sqlx::Row;
 use tempfile::TempDir;
 
 use super::media::NAME;
 use super::session::{Call, Died, Memory, PRE_GENERATED_KEYS, Published, SEGMENTS_PER_KEY, Session, Stream};
 use crate::harness::wait_for;
 use crate::postgres::Postgres;
+use crate::sqlite::query;
 use crate::wire::Wire;
 
 /// Where a shield begins, and what is asked of it.
@@ -183,6 +183,26 @@ pub fn destroyed() -> (Scenario, Memory) {
     (Scenario { name: "destroyed", points, config, begin: Begin::Copy(dir), drive }, memory)
 }
 
+/// The master key is rolled, and what it wraps follows it.
+pub fn rewrapped() -> (Scenario, Memory) {
+    let config = config(&[LIVE, ("other", "other", "")]);
+    let (dir, mut memory) = prepare(&config, memory(&["live", "other"]), |session| {
+        session.play_all()?;
+        session.act("own", Call::Initialize(SEGMENTS_PER_KEY))?;
+        session.go_on(2)
+    });
+    let file = dir.path().join("keyshield.master");
+    let old = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, format!("rolled:{}\n{old}", "5a".repeat(32))).unwrap();
+    memory.rewrapped = Some("local:rolled");
+    let drive = |session: &mut Session| {
+        session.play_all()?;
+        session.rewrap()?;
+        session.go_on(2)
+    };
+    (Scenario { name: "re-wrapped", points: &["re-wrap"], config, begin: Begin::Copy(dir), drive }, memory)
+}
+
 /// The store is away for a while, the count calls for keys meanwhile, and the store is back.
 pub fn store_away(postgres: Arc<Postgres>) -> (Scenario, Memory) {
     let config = config(&[LIVE]);
@@ -253,20 +273,4 @@ fn grow_old(dir: &Path) -> Vec<String> {
     query(&database, &sql);
     let rows = query(&database, &format!("SELECT id FROM content_keys {retired}"));
     rows.iter().map(|row| row.get("id")).collect()
-}
-
-/// What SQLite answers.
-pub fn query(database: &Path, sql: &str) -> Vec<SqliteRow> {
-    let sql = sqlx::AssertSqlSafe(sql.to_owned());
-    let options = SqliteConnectOptions::new().filename(database);
-    runtime().block_on(async {
-        let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
-        let rows = sqlx::query(sql).fetch_all(&mut connection).await.unwrap();
-        connection.close().await.unwrap();
-        rows
-    })
-}
-
-fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }

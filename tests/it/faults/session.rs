@@ -111,6 +111,8 @@ pub struct Memory {
     pub streams: BTreeMap<&'static str, Stream>,
     /// The bytes of keys, by their paths, as they were first had.
     pub keys: BTreeMap<String, Vec<u8>>,
+    /// The KMS's key that all data encryption keys are to be under in the end.
+    pub rewrapped: Option<&'static str>,
     /// The call that was not answered.
     pub pending: Option<(&'static str, Call)>,
 }
@@ -216,9 +218,29 @@ impl Session {
         try_ask_by(&self.agent, "GET", &url, &[]).map_err(|error| self.died(target, &error))
     }
 
-    /// Status and body of a call of the control API.
+    /// Status and body of a call about streams.
     pub fn control(&mut self, method: &str, path: &str, body: Value) -> Result<(u16, Value), Died> {
-        let url = format!("{}/api/hls/streams/{path}", self.shield().control);
+        self.call(method, &format!("streams/{path}"), body)
+    }
+
+    /// Puts all data encryption keys under the key that wraps now.
+    pub fn rewrap(&mut self) -> Result<(), Died> {
+        let (status, body) = self.call("POST", "kms/rewrap", json!({"to": "local"}))?;
+        assert_eq!(status, 202, "{body}");
+        let job = wait_for("the end of the re-wrap", || match self.call("GET", "kms/rewrap", Value::Null) {
+            Ok((_, mut body)) => {
+                let job = body["rewrap"].take();
+                (job["state"] != "running").then_some(Ok(job))
+            }
+            Err(Died) => Some(Err(Died)),
+        })?;
+        assert!(job["state"] == "done" && job["failed"] == 0, "{job}");
+        Ok(())
+    }
+
+    /// Status and body of a call of the control API.
+    fn call(&mut self, method: &str, path: &str, body: Value) -> Result<(u16, Value), Died> {
+        let url = format!("{}/api/hls/{path}", self.shield().control);
         let request = ureq::http::Request::builder().method(method).uri(&url);
         let request = request.header("authorization", "Bearer ks_admin");
         let text = if body.is_null() { String::new() } else { body.to_string() };

@@ -5,11 +5,11 @@
 #[cfg(feature = "kms-aws")]
 mod aws;
 #[cfg(feature = "kms-vault")]
-mod bao;
+pub(crate) mod bao;
 #[cfg(feature = "kms-aws")]
 mod clouds;
 #[cfg(feature = "kms-vault")]
-mod vault;
+pub(crate) mod vault;
 
 use std::path::Path;
 
@@ -106,7 +106,7 @@ fn media() -> Vec<u8> {
     (0..50_001_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
 }
 
-fn origin() -> Origin {
+pub(crate) fn origin() -> Origin {
     Origin::start(|request| match request.target.ends_with(".m3u8") {
         true => Answer::ok(PLAYLIST),
         false => Answer::ok(media()),
@@ -127,7 +127,7 @@ fn config(dir: &Path, kms: &str, origin: &Origin, streams: &[&str]) -> String {
     )
 }
 
-fn check_plays(shield: &Running, id: &str) -> Vec<Segment> {
+pub(crate) fn check_plays(shield: &Running, id: &str) -> Vec<Segment> {
     let segments = fetch_segments(&shield.at(&format!("/{id}/index.m3u8")));
     for segment in &segments {
         let key = Keys::default().get(&segment.key_url);

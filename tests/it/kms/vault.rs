@@ -15,10 +15,10 @@ use crate::harness::{ask, pause, try_ask, wait_at_most, wait_for};
 use crate::wire::Wire;
 
 /// A token's life, where it is not what is tested.
-const LONG: Duration = Duration::from_secs(3_600);
+pub(crate) const LONG: Duration = Duration::from_secs(3_600);
 
 /// The policy that the documentation tells to paste.
-fn documented_policy() -> String {
+pub(crate) fn documented_policy() -> String {
     let page = include_str!("../../../docs/kms.md");
     let (_, rest) = page.split_once("```hcl\n").expect("a policy");
     rest.split_once("```").expect("its end").0.to_owned()
