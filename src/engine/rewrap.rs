@@ -203,9 +203,18 @@ impl Operator {
 
 impl Core {
     async fn rewrap(self: Arc<Self>, to: Held, key: KeyDescription) {
+        let (core, target) = (Arc::clone(&self), to.clone());
+        // A task: whatever becomes of it, it must not look as if it ran.
+        let mut work = tokio::spawn(async move { core.rewrap_all(&target, &key).await });
         let outcome = tokio::select! {
-            outcome = self.rewrap_all(&to, &key) => outcome.map_err(|error| error.to_string()),
-            why = self.keep_the_lease_on_rewrapping() => Err(why),
+            ended = &mut work => match ended {
+                Ok(outcome) => outcome.map_err(|error| error.to_string()),
+                Err(error) => Err(format!("this is a defect, see the log: {error}")),
+            },
+            why = self.keep_the_lease_on_rewrapping() => {
+                work.abort();
+                Err(why)
+            }
         };
         fault::point("re-wrap: through, lease held");
         // What was replaced may be why it was replaced: it must not live on in the log.
