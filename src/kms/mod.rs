@@ -6,6 +6,7 @@
 
 mod guard;
 mod local;
+mod secret;
 mod vault;
 
 use std::fmt;
@@ -15,7 +16,8 @@ use thiserror::Error;
 
 pub use guard::{Guard, Limits};
 pub use local::{LocalKms, MasterKeyError};
-pub use vault::{Login, Secret, VaultKms, VaultSettings};
+pub use secret::Secret;
+pub use vault::{Login, VaultKms, VaultSettings};
 
 use crate::keys::{Context, DataEncryptionKey, EnvelopeError};
 
