@@ -4,8 +4,12 @@
 //! the wrapped key: moved to another stream or another version, it does not open. What is far away stands behind a
 //! [`Guard`]. Deliberately absent: the content keys, which are wrapped under a DEK without any call (`keys::seal`).
 
+#[cfg(feature = "kms-gcp")]
+mod gcp;
 mod guard;
 mod local;
+#[cfg(any(feature = "kms-azure", feature = "kms-gcp"))]
+mod rest;
 mod secret;
 mod vault;
 
@@ -14,6 +18,8 @@ use std::fmt;
 use async_trait::async_trait;
 use thiserror::Error;
 
+#[cfg(feature = "kms-gcp")]
+pub use gcp::{GcpKms, GcpSettings};
 pub use guard::{Guard, Limits};
 pub use local::{LocalKms, MasterKeyError};
 pub use secret::Secret;
