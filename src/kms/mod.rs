@@ -4,6 +4,8 @@
 //! the wrapped key: moved to another stream or another version, it does not open. What is far away stands behind a
 //! [`Guard`]. Deliberately absent: the content keys, which are wrapped under a DEK without any call (`keys::seal`).
 
+#[cfg(feature = "kms-azure")]
+mod azure;
 #[cfg(feature = "kms-gcp")]
 mod gcp;
 mod guard;
@@ -18,6 +20,8 @@ use std::fmt;
 use async_trait::async_trait;
 use thiserror::Error;
 
+#[cfg(feature = "kms-azure")]
+pub use azure::{AzureIdentity, AzureKms, AzureSettings};
 #[cfg(feature = "kms-gcp")]
 pub use gcp::{GcpKms, GcpSettings};
 pub use guard::{Guard, Limits};
