@@ -55,6 +55,13 @@ fn summary(config: &Config) -> String {
         KmsConfig::Local { master_key_file } => {
             line(format_args!("master key  {}", master_key_file.display()));
         }
+        #[cfg(feature = "kms-azure")]
+        KmsConfig::Azure(azure) => line(format_args!("KMS         azure, {}", azure.settings.key_name())),
+        #[cfg(feature = "kms-gcp")]
+        KmsConfig::Gcp(gcp) => {
+            let (name, at) = (gcp.settings.key_name(), &gcp.settings.endpoint);
+            line(format_args!("KMS         gcp, {name} at {at}"));
+        }
         KmsConfig::Vault(VaultConfig { settings, .. }) => line(format_args!(
             "KMS         vault, key {}/{} at {}",
             settings.mount, settings.key, settings.address

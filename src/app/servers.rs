@@ -340,6 +340,18 @@ async fn load(config: &Config, seat: WorkerSeat) -> anyhow::Result<Worker> {
 fn kms(config: &Config) -> anyhow::Result<Arc<dyn Kms>> {
     match &config.kms {
         KmsConfig::Local { master_key_file } => Ok(Arc::new(LocalKms::open(master_key_file)?)),
+        #[cfg(feature = "kms-azure")]
+        KmsConfig::Azure(azure) => {
+            let kms = crate::kms::AzureKms::new(azure.settings.clone(), azure.limits.timeout)?;
+            let key = kms.key_name();
+            Ok(Arc::new(Guard::new(kms, "azure", key, azure.limits)))
+        }
+        #[cfg(feature = "kms-gcp")]
+        KmsConfig::Gcp(gcp) => {
+            let kms = crate::kms::GcpKms::new(gcp.settings.clone(), gcp.limits.timeout)?;
+            let key = kms.key_name().to_owned();
+            Ok(Arc::new(Guard::new(kms, "gcp", key, gcp.limits)))
+        }
         KmsConfig::Vault(VaultConfig { settings, limits }) => {
             let kms = VaultKms::new(settings.clone(), limits.timeout)?;
             let key = kms.key_name();

@@ -1,4 +1,5 @@
-//! The environment: `KEYSHIELD_SECTION_KEY` for every key, and the guide's variables.
+//! The environment: `KEYSHIELD_SECTION_KEY` for every key, the guide's variables, and those by which clouds say who and
+//! where a program is.
 //!
 //! Taken as a value, so that tests set variables without touching the process's own.
 
@@ -18,8 +19,8 @@ const PREFIX: &str = "KEYSHIELD_";
 enum Meaning {
     Sets(&'static str),
     KmsProvider,
-    /// The key of a KMS, for those that have one.
-    KmsKey,
+    /// Sets a key of each provider that has its like: which one is chosen, another layer may say.
+    OfProviders(&'static [&'static str]),
     /// This version cannot honour it. Silence would be taken for success.
     NotYet,
 }
@@ -31,12 +32,22 @@ const GUIDE: [(&str, Meaning); 12] = [
     ("KEY_GRACE_PERIOD", Meaning::Sets("policy.grace_period_secs")),
     ("EMERGENCY_ROTATION_ENABLED", Meaning::Sets("policy.emergency_rotation_enabled")),
     ("KMS_PROVIDER", Meaning::KmsProvider),
-    ("KMS_REGION", Meaning::NotYet),
-    ("KMS_KEY_RING", Meaning::KmsKey),
+    ("KMS_REGION", Meaning::OfProviders(&["kms.gcp.location"])),
+    ("KMS_KEY_RING", Meaning::OfProviders(&["kms.azure.vault", "kms.gcp.key_ring", "kms.vault.key"])),
     ("CDN_ENDPOINTS", Meaning::NotYet),
     ("CDN_SYNC_TIMEOUT", Meaning::NotYet),
     ("CDN_RETRY_ATTEMPTS", Meaning::NotYet),
     ("AUDIT_LOGGING_ENABLED", Meaning::NotYet),
+];
+
+/// What clouds and their tools set for every program, so that it is taken where it is needed and not missed elsewhere.
+const OF_CLOUDS: [(&str, Meaning); 6] = [
+    ("AZURE_AUTHORITY_HOST", Meaning::Sets("kms.azure.authority_host")),
+    ("AZURE_CLIENT_ID", Meaning::Sets("kms.azure.client_id")),
+    ("AZURE_CLIENT_SECRET", Meaning::Sets("kms.azure.client_secret")),
+    ("AZURE_FEDERATED_TOKEN_FILE", Meaning::Sets("kms.azure.federated_token_file")),
+    ("AZURE_TENANT_ID", Meaning::Sets("kms.azure.tenant_id")),
+    ("GOOGLE_CLOUD_PROJECT", Meaning::Sets("kms.gcp.project")),
 ];
 
 /// Variables of our name that are no keys: the command line and the tests read them.
@@ -63,9 +74,10 @@ impl Environment {
 
     /// Variables that are set and not honoured, by this version or with this KMS.
     pub fn ignored(&self, kms: &KmsConfig) -> Vec<&'static str> {
+        let section = format!("kms.{}.", kms.provider());
         let is_ignored = |meaning: Meaning| match meaning {
             Meaning::NotYet => true,
-            Meaning::KmsKey => matches!(kms, KmsConfig::Local { .. }),
+            Meaning::OfProviders(paths) => !paths.iter().any(|path| path.starts_with(&section)),
             Meaning::Sets(_) | Meaning::KmsProvider => false,
         };
         let ignored = |(name, meaning): (&'static str, Meaning)| {
@@ -82,11 +94,22 @@ impl Environment {
                 let value = value.to_string_lossy().into_owned();
                 ConfigError::Environment { name: name.clone(), value, why: why.to_owned() }
             };
-            let guide = GUIDE.into_iter().find(|(guide, _)| guide == name);
+            let guide = GUIDE.into_iter().chain(OF_CLOUDS).find(|(known, _)| known == name);
+            let source = Source::Variable(name.clone());
+            // Not shown: it may be the URL of a database.
+            let text = |key: &Key| {
+                let (given_by, why) = (source.clone(), "must be Unicode".to_owned());
+                value.to_str().ok_or(ConfigError::Kind { given_by, key: key.path.clone(), why })
+            };
             let key = match guide {
                 Some((_, Meaning::Sets(path))) => schema::get().key(path),
                 Some((_, Meaning::NotYet)) => continue,
-                Some((_, Meaning::KmsKey)) => schema::get().key("kms.vault.key"),
+                Some((_, Meaning::OfProviders(paths))) => {
+                    for key in paths.iter().filter_map(|path| schema::get().key(path)) {
+                        given.push(Given::parse(key, text(key)?, source.clone())?);
+                    }
+                    continue;
+                }
                 Some((_, Meaning::KmsProvider)) => {
                     let Some(provider) = PROVIDERS.iter().find(|name| value.eq_ignore_ascii_case(name))
                     else {
@@ -94,19 +117,13 @@ impl Environment {
                         return Err(bad(&format!("this version wraps keys by one of: {known}")));
                     };
                     let Some(key) = schema::get().key("kms.provider") else { return Err(unknown(name)) };
-                    given.push(Given::parse(key, provider, Source::Variable(name.clone()))?);
+                    given.push(Given::parse(key, provider, source)?);
                     continue;
                 }
                 None => schema::get().keys().iter().find(|key| key.variable() == *name),
             };
             let Some(key) = key else { return Err(unknown(name)) };
-            let source = Source::Variable(name.clone());
-            // Not shown: it may be the URL of a database.
-            let Some(text) = value.to_str() else {
-                let why = "must be Unicode".to_owned();
-                return Err(ConfigError::Kind { given_by: source, key: key.path.clone(), why });
-            };
-            given.push(Given::parse(key, text, source)?);
+            given.push(Given::parse(key, text(key)?, source.clone())?);
         }
         Ok(given)
     }
@@ -122,7 +139,7 @@ fn unknown(name: &str) -> ConfigError {
 }
 
 fn concerns_us(name: &str, value: &OsString) -> bool {
-    if GUIDE.iter().any(|(guide, _)| *guide == name) {
+    if GUIDE.iter().chain(&OF_CLOUDS).any(|(known, _)| *known == name) {
         return true;
     }
     name.starts_with(PREFIX) && !is_no_key(name) && !is_service_link(name, value)
@@ -160,9 +177,13 @@ mod tests {
         Ok(given.into_iter().map(|given| (given.key.path.as_str(), given.value.to_string())).collect())
     }
 
-    fn check(name: &str, value: &str, expected: (&str, &str)) {
-        let given = given(&[(name, value)]).unwrap();
-        assert_eq!(given, [(expected.0, expected.1.to_owned())], "{name}={value}");
+    fn check(name: &str, value: &str, expected: (&'static str, &str)) {
+        check_all(name, value, &[expected]);
+    }
+
+    fn check_all(name: &str, value: &str, expected: &[(&'static str, &str)]) {
+        let expected: Vec<_> = expected.iter().map(|(key, value)| (*key, (*value).to_owned())).collect();
+        assert_eq!(given(&[(name, value)]).unwrap(), expected, "{name}={value}");
     }
 
     #[test]
@@ -174,14 +195,31 @@ mod tests {
         check("EMERGENCY_ROTATION_ENABLED", "false", ("policy.emergency_rotation_enabled", "false"));
         check("KMS_PROVIDER", "Local", ("kms.provider", "\"local\""));
         check("KMS_PROVIDER", "VAULT", ("kms.provider", "\"vault\""));
-        check("KMS_KEY_RING", "video-keys", ("kms.vault.key", "\"video-keys\""));
+        check("KMS_PROVIDER", "Azure", ("kms.provider", "\"azure\""));
+        check("KMS_PROVIDER", "GCP", ("kms.provider", "\"gcp\""));
+        check_all("KMS_REGION", "us-east1", &[("kms.gcp.location", "\"us-east1\"")]);
+        let key = "\"video-keys\"";
+        let keys = [("kms.azure.vault", key), ("kms.gcp.key_ring", key), ("kms.vault.key", key)];
+        check_all("KMS_KEY_RING", "video-keys", &keys);
+    }
+
+    #[test]
+    fn what_clouds_say_of_a_program_is_taken() {
+        check("GOOGLE_CLOUD_PROJECT", "video", ("kms.gcp.project", "\"video\""));
+        check("AZURE_CLIENT_SECRET", "sesame", ("kms.azure.client_secret", "\"sesame\""));
+        assert_eq!(given(&[("GOOGLE_CLOUD_REGION", "a"), ("AZURE_HTTP_USER_AGENT", "b")]).unwrap(), []);
     }
 
     #[test]
     fn every_key_of_the_guides_exists() {
-        for (name, meaning) in GUIDE {
-            if let Meaning::Sets(path) = meaning {
-                assert!(schema::get().key(path).is_some(), "{name}");
+        for (name, meaning) in GUIDE.into_iter().chain(OF_CLOUDS) {
+            let paths = match &meaning {
+                Meaning::Sets(path) => std::slice::from_ref(path),
+                Meaning::OfProviders(paths) => paths,
+                Meaning::KmsProvider | Meaning::NotYet => &[],
+            };
+            for path in paths {
+                assert!(schema::get().key(path).is_some(), "{name}: {path}");
             }
         }
     }
@@ -228,7 +266,7 @@ mod tests {
                 "maybe",
                 "policy.emergency_rotation_enabled must be true or false",
             ),
-            ("KMS_PROVIDER", "AWS", "local"),
+            ("KMS_PROVIDER", "abacus", "local, azure, gcp"),
         ] {
             let error = given(&[(name, value)]).unwrap_err();
             assert!(error.contains(name) && error.contains(value) && error.contains(key), "{error}");
@@ -275,5 +313,11 @@ mod tests {
         let local = KmsConfig::Local { master_key_file: "keyshield.master".into() };
         assert_eq!(set.ignored(&local), ["KMS_REGION", "CDN_ENDPOINTS"]);
         assert_eq!(environment(&[("KMS_KEY_RING", "a")]).ignored(&local), ["KMS_KEY_RING"]);
+        {
+            let mut raw = crate::config::raw::RawKms { provider: "vault".into(), ..Default::default() };
+            raw.vault.token = "t".into();
+            let set = environment(&[("KMS_KEY_RING", "a"), ("KMS_REGION", "b")]);
+            assert_eq!(set.ignored(&crate::config::kms::kms(&raw).unwrap()), ["KMS_REGION"]);
+        }
     }
 }

@@ -1,22 +1,53 @@
 //! Who wraps the data encryption keys, and how this node gets at it.
 //!
-//! What belongs to a provider that is not chosen is not looked at: a file may describe several.
+//! What belongs to a provider that is not chosen is not looked at: a file may describe several. Its keys are known even
+//! where the provider is not built in, so that one file serves every build.
+
+#[cfg(feature = "kms-azure")]
+mod azure;
+#[cfg(feature = "kms-gcp")]
+mod gcp;
 
 use std::path::PathBuf;
 
 use super::ConfigError;
 use super::checks::{between, entry, field, private_url, secs};
 use super::raw::{RawKms, RawVault};
+#[cfg(feature = "kms-azure")]
+pub use azure::AzureConfig;
+#[cfg(feature = "kms-gcp")]
+pub use gcp::GcpConfig;
+
 use crate::kms::{Limits, Login, Secret, VaultSettings};
 
 /// The providers that there are, as they are configured.
-pub(super) const PROVIDERS: [&str; 2] = ["local", "vault"];
+pub(super) const PROVIDERS: [&str; 4] = ["local", "azure", "gcp", "vault"];
 
 /// Who wraps.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum KmsConfig {
-    Local { master_key_file: PathBuf },
+    Local {
+        master_key_file: PathBuf,
+    },
+    #[cfg(feature = "kms-azure")]
+    Azure(AzureConfig),
+    #[cfg(feature = "kms-gcp")]
+    Gcp(GcpConfig),
     Vault(VaultConfig),
+}
+
+impl KmsConfig {
+    /// As in `kms.provider`, and as the provider's own section is called.
+    pub(super) fn provider(&self) -> &'static str {
+        match self {
+            KmsConfig::Local { .. } => "local",
+            #[cfg(feature = "kms-azure")]
+            KmsConfig::Azure(_) => "azure",
+            #[cfg(feature = "kms-gcp")]
+            KmsConfig::Gcp(_) => "gcp",
+            KmsConfig::Vault(_) => "vault",
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,7 +59,15 @@ pub struct VaultConfig {
 pub(super) fn kms(raw: &RawKms) -> Result<KmsConfig, ConfigError> {
     match raw.provider.as_str() {
         "local" => Ok(KmsConfig::Local { master_key_file: raw.master_key_file.clone() }),
+        #[cfg(feature = "kms-azure")]
+        "azure" => azure::azure(&raw.azure).map(KmsConfig::Azure),
+        #[cfg(feature = "kms-gcp")]
+        "gcp" => gcp::gcp(&raw.gcp).map(KmsConfig::Gcp),
         "vault" => vault(&raw.vault).map(KmsConfig::Vault),
+        known if PROVIDERS.contains(&known) => {
+            let why = format!("this build is without it: build with the feature kms-{known}");
+            Err(field("kms.provider", known, &why))
+        }
         other => {
             let why = format!("this version wraps keys by one of: {}", PROVIDERS.join(", "));
             Err(field("kms.provider", other, &why))
@@ -152,6 +191,23 @@ mod tests {
         assert!(matches!(kms(&raw), Ok(KmsConfig::Local { .. })));
         raw.provider = "abacus".into();
         let error = kms(&raw).unwrap_err().to_string();
-        assert!(error.contains("kms.provider") && error.contains("local, vault"), "{error}");
+        assert!(error.contains("kms.provider") && error.contains("local, azure, gcp, vault"), "{error}");
+    }
+    #[test]
+    fn a_provider_that_is_not_built_in_names_its_feature() {
+        for (provider, is_built_in) in
+            [("azure", cfg!(feature = "kms-azure")), ("gcp", cfg!(feature = "kms-gcp"))]
+        {
+            let mut raw = RawKms { provider: provider.into(), ..RawKms::default() };
+            raw.azure.vault = "video".into();
+            raw.gcp.project = "video".into();
+            match kms(&raw) {
+                Ok(kms) => assert!(is_built_in && kms.provider() == provider),
+                Err(error) => {
+                    let feature = format!("kms-{provider}");
+                    assert!(!is_built_in && error.to_string().contains(&feature), "{error}");
+                }
+            }
+        }
     }
 }

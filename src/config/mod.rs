@@ -29,6 +29,10 @@ pub use database::Database;
 pub use effective::{Effective, EffectiveValue};
 pub use environment::Environment;
 pub use error::ConfigError;
+#[cfg(feature = "kms-azure")]
+pub use kms::AzureConfig;
+#[cfg(feature = "kms-gcp")]
+pub use kms::GcpConfig;
 pub use kms::{KmsConfig, VaultConfig};
 pub use layers::{Layers, Setting, Source};
 pub use raw::{RawConfig, RawControl, RawJwt, RawOrigin, RawPolicy, RawStream, RawToken};
@@ -210,10 +214,12 @@ mod tests {
             let present = file[section].as_table().unwrap();
             assert_eq!(present.keys().collect::<Vec<_>>(), keys.keys().collect::<Vec<_>>(), "[{section}]");
         }
-        let vault = |table: &toml::Table| -> Vec<String> {
-            table["kms"]["vault"].as_table().unwrap().keys().cloned().collect()
+        let of = |table: &toml::Table, provider: &str| -> Vec<String> {
+            table["kms"][provider].as_table().unwrap().keys().cloned().collect()
         };
-        assert_eq!(vault(&file), vault(&defaults));
+        for provider in ["azure", "gcp", "vault"] {
+            assert_eq!(of(&file, provider), of(&defaults, provider), "[kms.{provider}]");
+        }
     }
 
     #[test]
