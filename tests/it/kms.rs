@@ -33,15 +33,15 @@ fn documented_policy() -> String {
     rest.split_once("```").expect("its end").0.to_owned()
 }
 
-fn stream(id: &str) -> StreamId {
+pub fn stream(id: &str) -> StreamId {
     id.parse().unwrap()
 }
 
-fn context(stream: &StreamId, version: u32) -> Context<'_> {
+pub fn context(stream: &StreamId, version: u32) -> Context<'_> {
     Context::Dek { stream, dek: DekId::from_bytes([7; 16]), version: DekVersion(version) }
 }
 
-fn run<T>(test: impl Future<Output = T>) -> T {
+pub fn run<T>(test: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test)
 }
 
@@ -51,7 +51,7 @@ fn refused(outcome: Result<DataEncryptionKey, KmsError>, what: &str) {
 }
 
 /// What every provider must do.
-async fn conforms(kms: &dyn Kms) {
+pub async fn conforms(kms: &dyn Kms) {
     let (ch1, ch2) = (stream("ch1"), stream("ch2"));
     let here = context(&ch1, 1);
     let (key, wrapped) = kms.generate_data_key(&here).await.unwrap();
@@ -316,6 +316,56 @@ fn unwrapped(dir: &Path, kms: &dyn Kms, id: &str) -> Vec<u8> {
         let context = Context::Dek { stream: &id, dek: dek.id, version: dek.version };
         kms.unwrap(&context, &wrapped).await.unwrap().expose().to_vec()
     })
+}
+
+/// A shield whose keys a KMS wraps.
+pub struct Sealed<'t> {
+    /// What the configuration has below `[kms]`.
+    pub section: &'t str,
+    pub environment: &'t [(&'t str, &'t str)],
+    /// What the shield is known by to the KMS.
+    pub secret: &'t str,
+    pub kms: &'t dyn Kms,
+}
+
+impl Sealed<'_> {
+    /// It plays, plays the same after a restart, and neither its folder nor its log has a key or the secret in clear.
+    pub fn check(&self) {
+        let origin = origin();
+        let dir = tempfile::tempdir().unwrap();
+        let config = format!(
+            "[store]\ndatabase = \"{}/keyshield.db\"\n[kms]\n{}[keys]\nsweep_interval_millis = 50\n{}\
+             [[origins]]\nname = \"main\"\nurls = [\"{url}\"]\n\
+             [[streams]]\nid = \"ch1\"\nplaylist_url = \"{url}/ch1/index.m3u8\"\n",
+            dir.path().display(),
+            self.section,
+            tokens(),
+            url = origin.url()
+        );
+        let start = |dir| {
+            let mut shield = Running::launch(dir, &config, self.environment);
+            shield.wait_until_ready();
+            shield
+        };
+        let shield = start(dir);
+        let before = check_plays(&shield, "ch1");
+        assert_eq!(shield.metric("keyshield_kms_up"), 1.0);
+        let shield = start(shield.kill());
+        assert_eq!(paths(&check_plays(&shield, "ch1")), paths(&before));
+        assert!(!contains(shield.logged().as_bytes(), self.secret.as_bytes()));
+
+        let dir = shield.kill();
+        let dek = unwrapped(dir.path(), self.kms, "ch1");
+        let mut searched = 0;
+        for file in std::fs::read_dir(dir.path()).unwrap().map(|file| file.unwrap().path()) {
+            let text = std::fs::read(&file).unwrap();
+            searched += text.len();
+            for (spelling, needle) in spellings(&dek) {
+                assert!(!contains(&text, &needle), "{} holds the DEK as {spelling}", file.display());
+            }
+        }
+        assert!(searched > 10_000, "the database was searched");
+    }
 }
 
 #[test]

@@ -5,6 +5,8 @@
 
 mod bao;
 mod cli;
+#[cfg(any(feature = "kms-azure", feature = "kms-gcp"))]
+mod clouds;
 mod control_api;
 mod corpus;
 mod daemon;
@@ -17,6 +19,10 @@ mod golden;
 mod harness;
 mod kinds;
 mod kms;
+#[cfg(feature = "kms-azure")]
+mod kms_azure;
+#[cfg(feature = "kms-gcp")]
+mod kms_gcp;
 mod ll_clear;
 mod ll_encoder;
 mod ll_latency;
