@@ -16,13 +16,15 @@ mod identity;
 
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use parking_lot::Mutex;
 use reqwest::header::{AUTHORIZATION, DATE, HeaderMap};
-use reqwest::{Client, Method};
+use reqwest::{Client, Method, StatusCode};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use url::Url;
@@ -69,7 +71,7 @@ impl AzureSettings {
 pub struct AzureKms {
     client: Client,
     settings: AzureSettings,
-    tokens: Tokens,
+    tokens: Mutex<Arc<Tokens>>,
 }
 
 impl fmt::Debug for AzureKms {
@@ -130,8 +132,7 @@ impl AzureKms {
         let failed = |cause| KmsError { provider: PROVIDER, key: settings.key_name(), cause };
         let client = rest::client(settings.ca_file.as_deref(), timeout)
             .map_err(|why| failed(Cause::Refused(format!("kms.azure.{why}"))))?;
-        let (authority, resource) = (settings.authority.as_deref(), &settings.resource);
-        let tokens = Tokens::new(&settings.identity, authority, resource, client.clone()).map_err(failed)?;
+        let tokens = Mutex::new(Arc::new(Tokens::new(&settings, client.clone()).map_err(failed)?));
         Ok(Self { client, settings, tokens })
     }
 
@@ -140,6 +141,7 @@ impl AzureKms {
         self.settings.key_name()
     }
 
+    /// Calls with a token, and once more with a new one if it is not taken.
     async fn call<T: DeserializeOwned>(
         &self,
         (method, path): (Method, &str),
@@ -147,12 +149,22 @@ impl AzureKms {
     ) -> Result<(T, HeaderMap), Cause> {
         let vault = &self.settings.vault;
         let url = format!("{vault}keys/{path}?api-version={API_VERSION}");
-        let authorization = self.tokens.authorization().await?;
-        let mut request = self.client.request(method, url).header(AUTHORIZATION, authorization);
-        if let Some(body) = body {
-            request = rest::with_json(request, body);
+        let send = async |tokens: &Tokens| {
+            let authorization = tokens.authorization().await?;
+            let mut request = self.client.request(method.clone(), &url).header(AUTHORIZATION, authorization);
+            if let Some(body) = body {
+                request = rest::with_json(request, body);
+            }
+            rest::send(request, vault.as_str()).await
+        };
+        let tokens = Arc::clone(&self.tokens.lock());
+        let mut answer = send(&tokens).await?;
+        if answer.status == StatusCode::UNAUTHORIZED {
+            // The library keeps a token for as long as it was made for, whatever is said of it.
+            let anew = Arc::new(Tokens::new(&self.settings, self.client.clone())?);
+            *self.tokens.lock() = Arc::clone(&anew);
+            answer = send(&anew).await?;
         }
-        let answer = rest::send(request, vault.as_str()).await?;
         if !answer.status.is_success() {
             return Err(self.cause(&answer, path));
         }

@@ -113,7 +113,7 @@ fn what_the_shield_wraps_microsofts_own_client_opens_and_the_other_way_round() {
 }
 
 #[test]
-fn what_another_wraps_by_the_public_key_does_not_pass_for_another_streams() {
+fn parts_of_two_streams_keys_do_not_open_together() {
     let azure = Azure::start();
     let (ch1, ch2, kms) = (stream("ch1"), stream("ch2"), azure.kms());
     run(async {
@@ -215,6 +215,8 @@ fn what_key_vault_refuses_is_told_apart_and_shows_no_secret() {
         assert!(stranger.describe().await.is_err(), "the key is disabled still");
         azure.ask(json!({"do": "attributes", "key": "keyshield", "attributes": {"enabled": true}}));
         assert!(stranger.describe().await.is_ok(), "a secret that is known now is taken without a new start");
+        azure.ask(json!({"do": "forget tokens"}));
+        assert!(stranger.describe().await.is_ok(), "a token that is not taken is come by anew");
 
         let identity = AzureIdentity::Managed { client_id: None };
         let settings = AzureSettings { ca_file: Some("/dev/null".into()), ..azure.settings(identity) };

@@ -96,8 +96,8 @@ class Gcp:
             self.accounts[ask["email"]] = serialization.load_pem_public_key(ask["public_key"].encode())
         elif do == "claims":
             return self.last_claims
-        elif do == "refresh":
-            self.refresh_tokens = set(ask["tokens"])
+        elif do == "forget tokens":
+            tokens.clear()
         return {}
 
     def authorise(self, headers):

@@ -20,6 +20,7 @@ use reqwest::header::HeaderValue;
 
 use super::super::rest::said;
 use super::super::{Cause, Secret};
+use super::AzureSettings;
 
 /// Who this shield is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,19 +40,12 @@ pub(super) struct Tokens {
 }
 
 impl Tokens {
-    /// `authority`: who gives tokens, where it is not Azure's public cloud. `resource`: what they are for.
-    ///
     /// # Errors
     /// Settings that the library refuses.
-    pub(super) fn new(
-        identity: &AzureIdentity,
-        authority: Option<&str>,
-        resource: &str,
-        client: Client,
-    ) -> Result<Self, Cause> {
-        let cloud = authority.map(|host| {
+    pub(super) fn new(settings: &AzureSettings, client: Client) -> Result<Self, Cause> {
+        let cloud = settings.authority.as_ref().map(|host| {
             let mut custom = CustomConfiguration::default();
-            custom.authority_host = host.to_owned();
+            custom.authority_host.clone_from(host);
             Arc::new(CloudConfiguration::from(custom))
         });
         let client_options = ClientOptions {
@@ -60,7 +54,7 @@ impl Tokens {
             cloud,
             ..ClientOptions::default()
         };
-        let credential = match identity {
+        let credential = match &settings.identity {
             AzureIdentity::ClientSecret { tenant_id, client_id, secret } => {
                 let secret = secret.expose().to_owned().into();
                 let options = ClientSecretCredentialOptions { client_options };
@@ -85,7 +79,7 @@ impl Tokens {
         let credential = credential.map_err(|error| {
             Cause::Refused(format!("these credentials cannot be used: {}", said(&error.to_string())))
         })?;
-        Ok(Self { credential, scope: format!("{}/.default", resource.trim_end_matches('/')) })
+        Ok(Self { credential, scope: format!("{}/.default", settings.resource.trim_end_matches('/')) })
     }
 
     /// The header that a call is authorised by.
