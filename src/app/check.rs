@@ -60,6 +60,13 @@ fn summary(config: &Config) -> String {
             let at = settings.endpoint.as_ref().map(|endpoint| format!(" at {endpoint}")).unwrap_or_default();
             line(format_args!("KMS         aws, key {} in {region}{at}", settings.key));
         }
+        #[cfg(feature = "kms-azure")]
+        KmsConfig::Azure(azure) => line(format_args!("KMS         azure, {}", azure.settings.key_name())),
+        #[cfg(feature = "kms-gcp")]
+        KmsConfig::Gcp(gcp) => {
+            let (name, at) = (gcp.settings.key_name(), &gcp.settings.endpoint);
+            line(format_args!("KMS         gcp, {name} at {at}"));
+        }
         #[cfg(feature = "kms-vault")]
         KmsConfig::Vault(vault) => {
             let settings = &vault.settings;

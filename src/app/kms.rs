@@ -19,6 +19,18 @@ pub(super) fn kms(config: &KmsConfig, wraps: bool) -> anyhow::Result<Arc<dyn Kms
             let key = kms.key_name().to_owned();
             Ok(Arc::new(crate::kms::Guard::new(kms, "aws", key, aws.limits)))
         }
+        #[cfg(feature = "kms-azure")]
+        KmsConfig::Azure(azure) => {
+            let kms = crate::kms::AzureKms::new(azure.settings.clone(), azure.limits.timeout)?;
+            let key = kms.key_name();
+            Ok(Arc::new(crate::kms::Guard::new(kms, "azure", key, azure.limits)))
+        }
+        #[cfg(feature = "kms-gcp")]
+        KmsConfig::Gcp(gcp) => {
+            let kms = crate::kms::GcpKms::new(gcp.settings.clone(), gcp.limits.timeout)?;
+            let key = kms.key_name().to_owned();
+            Ok(Arc::new(crate::kms::Guard::new(kms, "gcp", key, gcp.limits)))
+        }
         #[cfg(feature = "kms-vault")]
         KmsConfig::Vault(vault) => {
             let kms = crate::kms::VaultKms::new(vault.settings.clone(), vault.limits.timeout)?;

@@ -54,11 +54,14 @@ fn flatten(path: &str, value: Value, found: &mut impl FnMut(String, Value)) {
     }
 }
 
+/// Keys whose values are not shown.
+const SECRETS: [&str; 2] = ["kms.azure.client_secret", "kms.vault.token"];
+
 /// The value without what is secret in it.
 pub(super) fn masked(key: &str, value: Value) -> Value {
     match value {
         Value::String(text) if key.ends_with(".sha256") => Value::String(masked_hash(&text)),
-        Value::String(text) if key == "kms.vault.token" && !text.is_empty() => Value::String("***".into()),
+        Value::String(text) if SECRETS.contains(&key) && !text.is_empty() => Value::String("***".into()),
         Value::String(text) => Value::String(masked_url(&text)),
         Value::Array(elements) => {
             Value::Array(elements.into_iter().map(|element| masked(key, element)).collect())

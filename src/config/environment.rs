@@ -1,4 +1,5 @@
-//! The environment: `KEYSHIELD_SECTION_KEY` for every key, and the guide's variables.
+//! The environment: `KEYSHIELD_SECTION_KEY` for every key, the guide's variables, and those by which clouds say who and
+//! where a program is.
 //!
 //! Taken as a value, so that tests set variables without touching the process's own.
 
@@ -31,12 +32,25 @@ const GUIDE: [(&str, Meaning); 12] = [
     ("KEY_GRACE_PERIOD", Meaning::Sets("policy.grace_period_secs")),
     ("EMERGENCY_ROTATION_ENABLED", Meaning::Sets("policy.emergency_rotation_enabled")),
     ("KMS_PROVIDER", Meaning::KmsProvider),
-    ("KMS_REGION", Meaning::OfProviders(&["kms.aws.region"])),
-    ("KMS_KEY_RING", Meaning::OfProviders(&["kms.aws.key", "kms.vault.key"])),
+    ("KMS_REGION", Meaning::OfProviders(&["kms.aws.region", "kms.gcp.location"])),
+    (
+        "KMS_KEY_RING",
+        Meaning::OfProviders(&["kms.aws.key", "kms.azure.vault", "kms.gcp.key_ring", "kms.vault.key"]),
+    ),
     ("CDN_ENDPOINTS", Meaning::NotYet),
     ("CDN_SYNC_TIMEOUT", Meaning::NotYet),
     ("CDN_RETRY_ATTEMPTS", Meaning::NotYet),
     ("AUDIT_LOGGING_ENABLED", Meaning::NotYet),
+];
+
+/// What clouds and their tools set for every program, so that it is taken where it is needed and not missed elsewhere.
+const OF_CLOUDS: [(&str, Meaning); 6] = [
+    ("AZURE_AUTHORITY_HOST", Meaning::Sets("kms.azure.authority_host")),
+    ("AZURE_CLIENT_ID", Meaning::Sets("kms.azure.client_id")),
+    ("AZURE_CLIENT_SECRET", Meaning::Sets("kms.azure.client_secret")),
+    ("AZURE_FEDERATED_TOKEN_FILE", Meaning::Sets("kms.azure.federated_token_file")),
+    ("AZURE_TENANT_ID", Meaning::Sets("kms.azure.tenant_id")),
+    ("GOOGLE_CLOUD_PROJECT", Meaning::Sets("kms.gcp.project")),
 ];
 
 /// Variables of our name that are no keys: the command line and the tests read them.
@@ -84,7 +98,7 @@ impl Environment {
                 let value = value.to_string_lossy().into_owned();
                 ConfigError::Environment { name: name.clone(), value, why: why.to_owned() }
             };
-            let guide = GUIDE.into_iter().find(|(guide, _)| guide == name);
+            let guide = GUIDE.into_iter().chain(OF_CLOUDS).find(|(known, _)| known == name);
             let source = Source::Variable(name.clone());
             // Not shown: it may be the URL of a database.
             let text = |key: &Key| {
@@ -129,7 +143,7 @@ fn unknown(name: &str) -> ConfigError {
 }
 
 fn concerns_us(name: &str, value: &OsString) -> bool {
-    if GUIDE.iter().any(|(guide, _)| *guide == name) {
+    if GUIDE.iter().chain(&OF_CLOUDS).any(|(known, _)| *known == name) {
         return true;
     }
     name.starts_with(PREFIX) && !is_no_key(name) && !is_service_link(name, value)
@@ -186,14 +200,26 @@ mod tests {
         check("KMS_PROVIDER", "Local", ("kms.provider", "\"local\""));
         check("KMS_PROVIDER", "VAULT", ("kms.provider", "\"vault\""));
         check("KMS_PROVIDER", "AWS", ("kms.provider", "\"aws\""));
-        check_all("KMS_REGION", "us-east-1", &[("kms.aws.region", "\"us-east-1\"")]);
+        check("KMS_PROVIDER", "Azure", ("kms.provider", "\"azure\""));
+        check("KMS_PROVIDER", "GCP", ("kms.provider", "\"gcp\""));
+        let region = "\"us-east-1\"";
+        check_all("KMS_REGION", "us-east-1", &[("kms.aws.region", region), ("kms.gcp.location", region)]);
         let key = "\"video-keys\"";
-        check_all("KMS_KEY_RING", "video-keys", &[("kms.aws.key", key), ("kms.vault.key", key)]);
+        let keys =
+            ["kms.aws.key", "kms.azure.vault", "kms.gcp.key_ring", "kms.vault.key"].map(|path| (path, key));
+        check_all("KMS_KEY_RING", "video-keys", &keys);
+    }
+
+    #[test]
+    fn what_clouds_say_of_a_program_is_taken() {
+        check("GOOGLE_CLOUD_PROJECT", "video", ("kms.gcp.project", "\"video\""));
+        check("AZURE_CLIENT_SECRET", "sesame", ("kms.azure.client_secret", "\"sesame\""));
+        assert_eq!(given(&[("GOOGLE_CLOUD_REGION", "a"), ("AZURE_HTTP_USER_AGENT", "b")]).unwrap(), []);
     }
 
     #[test]
     fn every_key_of_the_guides_exists() {
-        for (name, meaning) in GUIDE {
+        for (name, meaning) in GUIDE.into_iter().chain(OF_CLOUDS) {
             let paths = match &meaning {
                 Meaning::Sets(path) => std::slice::from_ref(path),
                 Meaning::OfProviders(paths) => paths,
@@ -247,7 +273,7 @@ mod tests {
                 "maybe",
                 "policy.emergency_rotation_enabled must be true or false",
             ),
-            ("KMS_PROVIDER", "abacus", "local, aws"),
+            ("KMS_PROVIDER", "abacus", "local, aws, azure, gcp"),
         ] {
             let error = given(&[(name, value)]).unwrap_err();
             assert!(error.contains(name) && error.contains(value) && error.contains(key), "{error}");

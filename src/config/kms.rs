@@ -6,6 +6,10 @@
 
 #[cfg(feature = "kms-aws")]
 mod aws;
+#[cfg(feature = "kms-azure")]
+mod azure;
+#[cfg(feature = "kms-gcp")]
+mod gcp;
 #[cfg(feature = "kms-vault")]
 mod vault;
 
@@ -16,11 +20,15 @@ use super::checks::field;
 use super::raw::RawKms;
 #[cfg(feature = "kms-aws")]
 pub use aws::AwsConfig;
+#[cfg(feature = "kms-azure")]
+pub use azure::AzureConfig;
+#[cfg(feature = "kms-gcp")]
+pub use gcp::GcpConfig;
 #[cfg(feature = "kms-vault")]
 pub use vault::VaultConfig;
 
 /// The providers that there are, as they are configured; each but the first is a feature, `kms-…`.
-pub(super) const PROVIDERS: [&str; 3] = ["local", "aws", "vault"];
+pub(super) const PROVIDERS: [&str; 5] = ["local", "aws", "azure", "gcp", "vault"];
 
 /// Who wraps new keys, and who is held besides, each once.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,6 +52,10 @@ pub enum KmsConfig {
     },
     #[cfg(feature = "kms-aws")]
     Aws(AwsConfig),
+    #[cfg(feature = "kms-azure")]
+    Azure(AzureConfig),
+    #[cfg(feature = "kms-gcp")]
+    Gcp(GcpConfig),
     #[cfg(feature = "kms-vault")]
     Vault(VaultConfig),
 }
@@ -55,6 +67,10 @@ impl KmsConfig {
             KmsConfig::Local { .. } => "local",
             #[cfg(feature = "kms-aws")]
             KmsConfig::Aws(_) => "aws",
+            #[cfg(feature = "kms-azure")]
+            KmsConfig::Azure(_) => "azure",
+            #[cfg(feature = "kms-gcp")]
+            KmsConfig::Gcp(_) => "gcp",
             #[cfg(feature = "kms-vault")]
             KmsConfig::Vault(_) => "vault",
         }
@@ -80,6 +96,10 @@ fn kms(named_by: &str, name: &str, raw: &RawKms) -> Result<KmsConfig, ConfigErro
         "local" => Ok(KmsConfig::Local { master_key_file: raw.master_key_file.clone() }),
         #[cfg(feature = "kms-aws")]
         "aws" => aws::aws(&raw.aws).map(KmsConfig::Aws),
+        #[cfg(feature = "kms-azure")]
+        "azure" => azure::azure(&raw.azure).map(KmsConfig::Azure),
+        #[cfg(feature = "kms-gcp")]
+        "gcp" => gcp::gcp(&raw.gcp).map(KmsConfig::Gcp),
         #[cfg(feature = "kms-vault")]
         "vault" => vault::vault(&raw.vault).map(KmsConfig::Vault),
         known if PROVIDERS.contains(&known) => {
@@ -109,15 +129,22 @@ mod tests {
         assert!(matches!(wraps(&raw), Ok(KmsConfig::Local { .. })));
         raw.provider = "abacus".into();
         let error = wraps(&raw).unwrap_err().to_string();
-        assert!(error.contains("kms.provider") && error.contains("local, aws, vault"), "{error}");
+        assert!(error.contains("kms.provider") && error.contains(&PROVIDERS.join(", ")), "{error}");
     }
 
     #[test]
     fn a_provider_that_is_not_built_in_names_its_feature() {
-        let built = [("aws", cfg!(feature = "kms-aws")), ("vault", cfg!(feature = "kms-vault"))];
+        let built = [
+            ("aws", cfg!(feature = "kms-aws")),
+            ("azure", cfg!(feature = "kms-azure")),
+            ("gcp", cfg!(feature = "kms-gcp")),
+            ("vault", cfg!(feature = "kms-vault")),
+        ];
         for (provider, is_built_in) in built {
             let mut raw = RawKms { provider: provider.into(), ..RawKms::default() };
             raw.vault.token = "t".into();
+            raw.azure.vault = "video".into();
+            raw.gcp.project = "video".into();
             match wraps(&raw) {
                 Ok(kms) => assert!(is_built_in && kms.provider() == provider),
                 Err(error) => {

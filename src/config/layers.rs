@@ -365,10 +365,12 @@ mod tests {
             ("KEYSHIELD_STORE_DATABASE", "postgres://user:sesame@db.example/keys"),
             ("KMS_PROVIDER", "Vault"),
             ("KEYSHIELD_KMS_VAULT_TOKEN", "s.sesame"),
+            ("AZURE_CLIENT_SECRET", "open.sesame"),
         ];
         let effective = load("", &variables, &[]).unwrap();
         assert!(shown(&effective, "store.database").starts_with("\"postgres://user:***@db.example/keys\""));
         assert!(shown(&effective, "kms.vault.token").starts_with("\"***\""));
+        assert!(shown(&effective, "kms.azure.client_secret").starts_with("\"***\""));
         assert!(shown(&effective, "control.tokens[0].sha256").starts_with("\"01234567…\""));
         let debug = format!("{effective:?}");
         assert!(!debug.contains("sesame") && !debug.contains(&hash), "{debug}");

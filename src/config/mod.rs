@@ -31,6 +31,10 @@ pub use environment::Environment;
 pub use error::ConfigError;
 #[cfg(feature = "kms-aws")]
 pub use kms::AwsConfig;
+#[cfg(feature = "kms-azure")]
+pub use kms::AzureConfig;
+#[cfg(feature = "kms-gcp")]
+pub use kms::GcpConfig;
 #[cfg(feature = "kms-vault")]
 pub use kms::VaultConfig;
 pub use kms::{KeyringConfig, KmsConfig};
@@ -217,7 +221,7 @@ mod tests {
         let of = |table: &toml::Table, provider: &str| -> Vec<String> {
             table["kms"][provider].as_table().unwrap().keys().cloned().collect()
         };
-        for provider in ["aws", "vault"] {
+        for provider in ["aws", "azure", "gcp", "vault"] {
             assert_eq!(of(&file, provider), of(&defaults, provider), "[kms.{provider}]");
         }
     }

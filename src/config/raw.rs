@@ -177,6 +177,8 @@ pub struct RawKms {
     pub also: Vec<String>,
     pub master_key_file: PathBuf,
     pub aws: RawAws,
+    pub azure: RawAzure,
+    pub gcp: RawGcp,
     pub vault: RawVault,
 }
 
@@ -187,6 +189,8 @@ impl Default for RawKms {
             also: Vec::new(),
             master_key_file: "keyshield.master".into(),
             aws: RawAws::default(),
+            azure: RawAzure::default(),
+            gcp: RawGcp::default(),
             vault: RawVault::default(),
         }
     }
@@ -208,6 +212,86 @@ impl Default for RawAws {
             region: String::new(),
             key: "alias/keyshield".into(),
             endpoint: String::new(),
+            timeout_secs: 5,
+            max_concurrent: 16,
+        }
+    }
+}
+
+#[derive(Clone, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawAzure {
+    pub vault: String,
+    pub key: String,
+    pub tenant_id: String,
+    pub client_id: String,
+    pub client_secret: String,
+    pub federated_token_file: String,
+    pub authority_host: String,
+    pub resource: String,
+    pub ca_file: String,
+    pub timeout_secs: u64,
+    pub max_concurrent: usize,
+}
+
+impl Default for RawAzure {
+    fn default() -> Self {
+        Self {
+            vault: String::new(),
+            key: "keyshield".into(),
+            tenant_id: String::new(),
+            client_id: String::new(),
+            client_secret: String::new(),
+            federated_token_file: String::new(),
+            authority_host: String::new(),
+            resource: String::new(),
+            ca_file: String::new(),
+            timeout_secs: 5,
+            max_concurrent: 16,
+        }
+    }
+}
+
+impl fmt::Debug for RawAzure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // All but the secret.
+        f.debug_struct("RawAzure")
+            .field("vault", &self.vault)
+            .field("key", &self.key)
+            .field("tenant_id", &self.tenant_id)
+            .field("client_id", &self.client_id)
+            .field("federated_token_file", &self.federated_token_file)
+            .field("authority_host", &self.authority_host)
+            .field("resource", &self.resource)
+            .field("ca_file", &self.ca_file)
+            .field("timeout_secs", &self.timeout_secs)
+            .field("max_concurrent", &self.max_concurrent)
+            .finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawGcp {
+    pub project: String,
+    pub location: String,
+    pub key_ring: String,
+    pub key: String,
+    pub endpoint: String,
+    pub credentials_file: String,
+    pub timeout_secs: u64,
+    pub max_concurrent: usize,
+}
+
+impl Default for RawGcp {
+    fn default() -> Self {
+        Self {
+            project: String::new(),
+            location: "global".into(),
+            key_ring: "keyshield".into(),
+            key: "keyshield".into(),
+            endpoint: "https://cloudkms.googleapis.com".into(),
+            credentials_file: String::new(),
             timeout_secs: 5,
             max_concurrent: 16,
         }

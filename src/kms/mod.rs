@@ -7,9 +7,16 @@
 
 #[cfg(feature = "kms-aws")]
 mod aws;
+#[cfg(feature = "kms-azure")]
+mod azure;
+#[cfg(feature = "kms-gcp")]
+mod gcp;
 mod guard;
 mod keyring;
 mod local;
+#[cfg(any(feature = "kms-azure", feature = "kms-gcp"))]
+mod rest;
+mod secret;
 #[cfg(feature = "kms-vault")]
 mod vault;
 
@@ -22,11 +29,16 @@ use thiserror::Error;
 pub use aws::{AwsKms, AwsSettings, KeyArn};
 #[cfg(feature = "kms-aws")]
 pub(crate) use aws::{is_alias, is_key_id, is_label};
+#[cfg(feature = "kms-azure")]
+pub use azure::{AzureIdentity, AzureKms, AzureSettings};
+#[cfg(feature = "kms-gcp")]
+pub use gcp::{GcpKms, GcpSettings};
 pub use guard::{Guard, Limits};
 pub use keyring::{Held, Keyring};
 pub use local::{LocalKms, MasterKeyError};
+pub use secret::Secret;
 #[cfg(feature = "kms-vault")]
-pub use vault::{Login, Secret, VaultKms, VaultSettings};
+pub use vault::{Login, VaultKms, VaultSettings};
 
 use crate::keys::{Context, DataEncryptionKey, EnvelopeError};
 
@@ -133,7 +145,7 @@ pub enum Cause {
 }
 
 /// What is at the bottom of an error: "connection refused", not "error sending request".
-#[cfg(any(feature = "kms-aws", feature = "kms-vault"))]
+#[cfg(any(feature = "kms-aws", feature = "kms-azure", feature = "kms-gcp", feature = "kms-vault"))]
 fn deepest<'e>(error: &'e (dyn std::error::Error + 'static)) -> &'e (dyn std::error::Error + 'static) {
     let mut deepest = error;
     while let Some(source) = deepest.source() {

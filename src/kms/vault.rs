@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use zeroize::{Zeroize, Zeroizing};
 
 use self::login::Session;
-use super::{Cause, KeyDescription, Kms, KmsError, WrappedKey, deepest};
+use super::{Cause, KeyDescription, Kms, KmsError, Secret, WrappedKey, deepest};
 use crate::keys::{Context, DataEncryptionKey};
 
 const PROVIDER: &str = "vault";
@@ -28,26 +28,6 @@ const AGENT: &str = concat!("keyshield/", env!("CARGO_PKG_VERSION"));
 const MAX_ANSWER_BYTES: usize = 64 << 10;
 /// Key types that authenticate associated data.
 const AEAD_TYPES: [&str; 4] = ["aes128-gcm96", "aes256-gcm96", "chacha20-poly1305", "xchacha20-poly1305"];
-
-/// A text that is not shown.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(Zeroizing<String>);
-
-impl Secret {
-    pub fn new(text: String) -> Self {
-        Self(Zeroizing::new(text))
-    }
-
-    fn expose(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Secret(redacted)")
-    }
-}
 
 /// Where the key is, and how this shield gets at it.
 #[derive(Debug, Clone, PartialEq, Eq)]

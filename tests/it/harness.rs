@@ -203,7 +203,7 @@ impl Running {
         }
     }
 
-    fn wait_until_ready(&mut self) {
+    pub fn wait_until_ready(&mut self) {
         let started = Instant::now();
         loop {
             if self.is_ready() {

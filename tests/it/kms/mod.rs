@@ -4,10 +4,16 @@
 
 #[cfg(feature = "kms-aws")]
 mod aws;
+#[cfg(feature = "kms-azure")]
+mod azure;
 #[cfg(feature = "kms-vault")]
 pub(crate) mod bao;
 #[cfg(feature = "kms-aws")]
 mod clouds;
+#[cfg(feature = "kms-gcp")]
+mod gcp;
+#[cfg(any(feature = "kms-azure", feature = "kms-gcp"))]
+mod stubs;
 #[cfg(feature = "kms-vault")]
 pub(crate) mod vault;
 
