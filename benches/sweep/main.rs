@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use clap::Parser;
 use keyshield::clock::Clock;
-use keyshield::engine::{Engine, Fleet, StreamSpec, Worker};
+use keyshield::engine::{DekRules, Engine, Fleet, StreamSpec, Worker};
 use keyshield::keys::{Policy, Timestamp};
 use keyshield::kms::LocalKms;
 use keyshield::store::{Location, Store};
@@ -158,7 +158,7 @@ impl Node {
             sweep_interval: Duration::from_secs(1),
             lease: Duration::from_secs(10),
         };
-        let worker = Worker::load(seat, store.clone(), kms, fleet, declared).await?;
+        let worker = Worker::load(seat, store.clone(), kms, DekRules::default(), fleet, declared).await?;
         Ok(Self { engine, worker, store, clock, metrics })
     }
 

@@ -32,7 +32,7 @@ use super::probe::UpstreamProbe;
 use crate::clock::Clock;
 use crate::config::{Config, Database, KmsConfig, VaultConfig};
 use crate::control::{self, Access, AccessSettings, ControlParts, OperatorSlot};
-use crate::engine::{Engine, Fleet, Parting, StreamSpec, Worker, WorkerSeat};
+use crate::engine::{DekRules, Engine, Fleet, Parting, StreamSpec, Worker, WorkerSeat};
 use crate::entropy;
 use crate::kms::{Guard, Kms, LocalKms, VaultKms};
 use crate::shield::upstream::{Timeouts, Upstream};
@@ -326,6 +326,11 @@ impl ControlStart {
 async fn load(config: &Config, seat: WorkerSeat) -> anyhow::Result<Worker> {
     let store = Store::open(&location(config), config.store_max_connections).await?;
     let kms = kms(config)?;
+    let deks = DekRules {
+        max_unwrapped: config.deks.max_unwrapped,
+        unwrapped_ttl: config.deks.unwrapped_ttl,
+        rotate_after: config.deks.rotate_after,
+    };
     let fleet = Fleet {
         node: hex::encode(&entropy::random::<8>()[..]),
         // The lock on the file says so.
@@ -334,7 +339,7 @@ async fn load(config: &Config, seat: WorkerSeat) -> anyhow::Result<Worker> {
         sweep_interval: config.sweep_interval,
         lease: config.store_lease,
     };
-    Ok(Worker::load(seat, store, kms, fleet, streams(config)).await?)
+    Ok(Worker::load(seat, store, kms, deks, fleet, streams(config)).await?)
 }
 
 fn kms(config: &Config) -> anyhow::Result<Arc<dyn Kms>> {

@@ -3,9 +3,10 @@
 //! What belongs to a provider that is not chosen is not looked at: a file may describe several.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::ConfigError;
-use super::checks::{between, entry, field, private_url, secs};
+use super::checks::{YEAR_SECS, between, entry, field, private_url, secs};
 use super::raw::{RawKms, RawVault};
 use crate::kms::{Limits, Login, Secret, VaultSettings};
 
@@ -17,6 +18,25 @@ pub(super) const PROVIDERS: [&str; 2] = ["local", "vault"];
 pub enum KmsConfig {
     Local { master_key_file: PathBuf },
     Vault(VaultConfig),
+}
+
+/// How data encryption keys are kept and renewed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DekConfig {
+    /// So many are unwrapped in memory at most.
+    pub max_unwrapped: usize,
+    pub unwrapped_ttl: Duration,
+    /// `None`: never by time.
+    pub rotate_after: Option<Duration>,
+}
+
+pub(super) fn deks(raw: &RawKms) -> Result<DekConfig, ConfigError> {
+    let days = between("kms.dek_rotation_days", raw.dek_rotation_days, 0..=3_660)?;
+    Ok(DekConfig {
+        max_unwrapped: between("kms.max_unwrapped", raw.max_unwrapped, 100..=10_000_000)?,
+        unwrapped_ttl: secs("kms.unwrapped_ttl_secs", raw.unwrapped_ttl_secs, 1..=YEAR_SECS)?,
+        rotate_after: (days > 0).then(|| Duration::from_secs(days * 86_400)),
+    })
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -143,6 +163,22 @@ mod tests {
         refused(|vault| vault.mount = "a?b".into(), "kms.vault.mount");
         refused(|vault| vault.timeout_secs = 0, "kms.vault.timeout_secs");
         refused(|vault| vault.max_concurrent = 0, "kms.vault.max_concurrent");
+    }
+
+    #[test]
+    fn how_keys_are_kept_has_its_bounds() {
+        let default = deks(&RawKms::default()).unwrap();
+        assert_eq!(default.rotate_after, Some(Duration::from_secs(90 * 86_400)));
+        let never = deks(&RawKms { dek_rotation_days: 0, ..RawKms::default() }).unwrap();
+        assert_eq!(never.rotate_after, None);
+        for (raw, named) in [
+            (RawKms { max_unwrapped: 10, ..RawKms::default() }, "kms.max_unwrapped"),
+            (RawKms { unwrapped_ttl_secs: 0, ..RawKms::default() }, "kms.unwrapped_ttl_secs"),
+            (RawKms { dek_rotation_days: 99_999, ..RawKms::default() }, "kms.dek_rotation_days"),
+        ] {
+            let error = deks(&raw).unwrap_err().to_string();
+            assert!(error.starts_with(named), "{error}");
+        }
     }
 
     #[test]

@@ -29,7 +29,7 @@ pub use database::Database;
 pub use effective::{Effective, EffectiveValue};
 pub use environment::Environment;
 pub use error::ConfigError;
-pub use kms::{KmsConfig, VaultConfig};
+pub use kms::{DekConfig, KmsConfig, VaultConfig};
 pub use layers::{Layers, Setting, Source};
 pub use raw::{RawConfig, RawControl, RawJwt, RawOrigin, RawPolicy, RawStream, RawToken};
 pub use secrets::masked_url;
@@ -59,6 +59,7 @@ pub struct Config {
     /// How long a node that does not renew it holds the lease of the sweep.
     pub store_lease: Duration,
     pub kms: KmsConfig,
+    pub deks: DekConfig,
     pub sweep_interval: Duration,
     pub key_uri_base: String,
     pub key_max_age: Duration,
@@ -136,6 +137,7 @@ impl Config {
             )?,
             store_lease: secs("store.lease_secs", raw.store.lease_secs, 2..=300)?,
             kms: kms::kms(&raw.kms)?,
+            deks: kms::deks(&raw.kms)?,
             sweep_interval: millis(
                 "keys.sweep_interval_millis",
                 raw.keys.sweep_interval_millis,

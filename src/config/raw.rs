@@ -175,6 +175,9 @@ impl fmt::Debug for RawStore {
 pub struct RawKms {
     pub provider: String,
     pub master_key_file: PathBuf,
+    pub max_unwrapped: usize,
+    pub unwrapped_ttl_secs: u64,
+    pub dek_rotation_days: u64,
     pub vault: RawVault,
 }
 
@@ -183,6 +186,9 @@ impl Default for RawKms {
         Self {
             provider: "local".into(),
             master_key_file: "keyshield.master".into(),
+            max_unwrapped: 20_000,
+            unwrapped_ttl_secs: 3_600,
+            dek_rotation_days: 90,
             vault: RawVault::default(),
         }
     }

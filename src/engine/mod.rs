@@ -18,10 +18,13 @@ mod merge;
 mod operate;
 mod operator;
 mod stream;
+mod supply;
 mod sweeps;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod troubles;
+mod unwrapped;
 mod worker;
 
 use std::collections::HashMap;
@@ -32,6 +35,7 @@ use parking_lot::RwLock;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot, watch};
 
+pub use deks::DekRules;
 use directory::Directory;
 pub use live::{ClearInitSigner, LiveKey, Revoked};
 pub use operate::Operator;
@@ -41,6 +45,7 @@ pub use operator::{
 };
 use stream::NotYet;
 pub use stream::{Published, PublishedKey, Shown, Stream};
+use troubles::Troubles;
 pub use worker::{Fleet, Parting, Worker, WorkerError};
 
 use crate::clock::Clock;
@@ -124,6 +129,7 @@ struct Shared {
     keys: RwLock<HashMap<KeyId, Arc<LiveKey>>>,
     clear_inits: RwLock<HashMap<DekId, Arc<ClearInitSigner>>>,
     status: RwLock<EngineStatus>,
+    troubles: Troubles,
     /// When this node last swept, or heard from the store that another may be sweeping.
     alive_at: RwLock<Timestamp>,
     rotations: broadcast::Sender<Rotation>,
@@ -159,6 +165,7 @@ impl Engine {
             keys: RwLock::default(),
             clear_inits: RwLock::default(),
             status: RwLock::new(status),
+            troubles: Troubles::default(),
             alive_at: RwLock::new(clock.now()),
             rotations: broadcast::channel(ROTATIONS_KEPT).0,
             news: Newsstand {
@@ -264,6 +271,11 @@ impl Engine {
             streams: self.shared.directory.read().len(),
             ..status
         }
+    }
+
+    /// What is wrong, each in a sentence for whoever runs the shield; empty when all is well.
+    pub fn problems(&self) -> Vec<String> {
+        self.shared.troubles.in_words(&self.status())
     }
 
     /// Hears of every rotation from now on.

@@ -3,8 +3,8 @@
 //! The order of writes is what makes a crash harmless: a key is stored before a boundary names it, the
 //! boundary before a playlist shows it; a promotion that was lost in between is the next sweep's to repeat.
 //! What each task does stands in a file of its own: `extend` (schedules grow), `sweeps` (keys live and die),
-//! `sync` (nodes hear of one another), `declare` (streams of the configuration), `deks` (what the KMS
-//! is asked), `merge` and `make` (keys in and out of their envelopes), `operate` (what operators ask).
+//! `sync` (nodes hear of one another), `declare` (streams of the configuration), `supply` and `deks` (what the KMS
+//! is asked for, and how), `merge` and `make` (keys in and out of their envelopes), `operate` (what operators ask).
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
-use super::deks::Deks;
+use super::deks::{DekRules, Deks};
 use super::stream::{MAX_RENDITIONS, Stream};
 use super::sync::Cursors;
 use super::{Extend, Operator, Shared, StreamSpec, WorkerSeat};
@@ -47,6 +47,10 @@ pub enum WorkerError {
     NotUnwrapped { stream: String },
     #[error("stream {stream}: a data encryption key that its keys need is not stored")]
     NoDek { stream: String },
+    #[error("stream {stream} could not be read: {why}")]
+    NotRead { stream: String, why: String },
+    #[error("stream {stream}: no key waits, and none can be made: {why}")]
+    NoKeyToBeHad { stream: String, why: String },
     #[error("stream {stream} has {MAX_RENDITIONS} renditions already: is every path of it a playlist?")]
     TooManyRenditions { stream: String },
     #[error(
@@ -63,6 +67,13 @@ pub enum WorkerError {
     Away { stream: String, rendition: String },
     #[error("stream {stream} cannot have the prefix {prefix:?}: stream {owner} has it")]
     PrefixTaken { stream: StreamId, prefix: String, owner: StreamId },
+}
+
+impl WorkerError {
+    /// Whether all that is wrong is that a data encryption key is not unwrapped here now.
+    pub(super) fn is_about_a_dek(&self) -> bool {
+        matches!(self, WorkerError::NotUnwrapped { .. } | WorkerError::NoDek { .. } | WorkerError::Kms(_))
+    }
 }
 
 /// How this node lives with others.
@@ -115,6 +126,7 @@ impl Worker {
         seat: WorkerSeat,
         store: Store,
         kms: Arc<dyn Kms>,
+        dek_rules: DekRules,
         fleet: Fleet,
         declared: Vec<StreamSpec>,
     ) -> Result<Self, WorkerError> {
@@ -125,7 +137,7 @@ impl Worker {
             store.forget_nodes().await?;
         }
         let core = Core {
-            deks: Arc::new(Deks::new(kms, Arc::clone(&shared))),
+            deks: Arc::new(Deks::new(kms, dek_rules, Arc::clone(&shared))),
             shared,
             turns: Semaphore::new(store.writers()),
             store,

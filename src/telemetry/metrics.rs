@@ -25,6 +25,8 @@ pub struct Metrics {
     /// Calls of the KMS for data encryption keys, by `operation` and `outcome`.
     pub kms_calls: IntCounterVec,
     pub kms_up: IntGauge,
+    /// Data encryption keys that are unwrapped in memory.
+    pub deks_unwrapped: IntGauge,
     pub keys: IntGaugeVec,
     pub streams: IntGauge,
     /// Streams that changed in the store and could not be taken in.
@@ -91,6 +93,10 @@ impl Metrics {
                 &["operation", "outcome"],
             ),
             kms_up: gauge("keyshield_kms_up", "Whether the KMS answers and lets its key be used: 1 or 0."),
+            deks_unwrapped: gauge(
+                "keyshield_deks_unwrapped",
+                "Data encryption keys that are unwrapped in memory.",
+            ),
             keys: register(
                 &registry,
                 IntGaugeVec::new(

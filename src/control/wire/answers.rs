@@ -342,6 +342,9 @@ pub(in crate::control) struct Health {
     pub(in crate::control) status: &'static str,
     pub(in crate::control) services: HealthServices,
     pub(in crate::control) metrics: HealthMetrics,
+    /// What is wrong, each in a sentence; empty when all is well.
+    #[schema(examples(json!(["KMS vault, key transit/keyshield: sealed: streams go on, each with 3 keys made ahead at least"])))]
+    pub(in crate::control) problems: Vec<String>,
 }
 
 #[derive(Debug, PartialEq, Serialize, ToSchema)]
