@@ -126,9 +126,10 @@ impl Deks {
         }
     }
 
-    /// Whether a key was wanted and could not be had.
+    /// Whether a key is not unwrapped and cannot be now: its KMS is away, or did not unwrap it when it was wanted.
     pub(super) fn is_out_of_reach(&self, id: DekId) -> bool {
-        self.wanted.lock().get(&id).is_some_and(|wanted| wanted.again_at.is_some())
+        let has_failed = || self.wanted.lock().get(&id).is_some_and(|wanted| wanted.again_at.is_some());
+        self.held(id).is_none() && (!self.shared.status.read().kms_up || has_failed())
     }
 
     /// Unwraps what is wanted, but for what `is_needed` says is not needed any more.
@@ -403,7 +404,7 @@ mod tests {
         let is_needed = |_: &StreamId, dek| dek != id(3);
         deks.unwrap_wanted(is_needed).await;
         assert_eq!([1, 2, 3].map(|n| deks.held(id(n)).is_some()), [true, false, false]);
-        assert_eq!([1, 2, 3].map(|n| deks.is_out_of_reach(id(n))), [false, true, false]);
+        assert_eq!([1, 2].map(|n| deks.is_out_of_reach(id(n))), [false, true]);
         let rejected = || metrics.kms_calls.with_label_values(&["unwrap", "rejected"]).get();
         deks.unwrap_wanted(is_needed).await;
         assert_eq!(rejected(), 1, "not at once");
