@@ -6,6 +6,7 @@
 //! the configuration names (`app` does).
 
 mod access;
+mod alerts;
 mod checks;
 mod database;
 mod effective;
@@ -35,6 +36,7 @@ pub use raw::{RawConfig, RawControl, RawJwt, RawOrigin, RawPolicy, RawStream, Ra
 pub use secrets::masked_url;
 pub use streams::StreamConfig;
 
+use crate::alert::WebhookUrl;
 use crate::hls::Mounts;
 use crate::keys::Policy;
 use crate::telemetry::LogFormat;
@@ -60,6 +62,8 @@ pub struct Config {
     pub store_lease: Duration,
     pub kms: KmsConfig,
     pub deks: DekConfig,
+    /// Where alerts are told to.
+    pub alert_webhook: Option<WebhookUrl>,
     pub sweep_interval: Duration,
     pub key_uri_base: String,
     pub key_max_age: Duration,
@@ -138,6 +142,7 @@ impl Config {
             store_lease: secs("store.lease_secs", raw.store.lease_secs, 2..=300)?,
             kms: kms::kms(&raw.kms)?,
             deks: kms::deks(&raw.kms)?,
+            alert_webhook: alerts::webhook(&raw.alerts)?,
             sweep_interval: millis(
                 "keys.sweep_interval_millis",
                 raw.keys.sweep_interval_millis,

@@ -268,6 +268,7 @@ impl Deks {
                     tracing::error!(%error, "keys cannot be loaded without the KMS: this node waits for it");
                 }
             }
+            self.shared.judge();
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LOOK_INTERVAL);
         }

@@ -48,6 +48,7 @@ pub use stream::{Published, PublishedKey, Shown, Stream};
 use troubles::Troubles;
 pub use worker::{Fleet, Parting, Worker, WorkerError};
 
+use crate::alert::Alerts;
 use crate::clock::Clock;
 use crate::keys::{DekId, KeyId, Ordinal, StreamId, Timestamp};
 use crate::telemetry::Metrics;
@@ -130,6 +131,7 @@ struct Shared {
     clear_inits: RwLock<HashMap<DekId, Arc<ClearInitSigner>>>,
     status: RwLock<EngineStatus>,
     troubles: Troubles,
+    alerts: Alerts,
     /// When this node last swept, or heard from the store that another may be sweeping.
     alive_at: RwLock<Timestamp>,
     rotations: broadcast::Sender<Rotation>,
@@ -166,6 +168,7 @@ impl Engine {
             clear_inits: RwLock::default(),
             status: RwLock::new(status),
             troubles: Troubles::default(),
+            alerts: Alerts::new(metrics.clone()),
             alive_at: RwLock::new(clock.now()),
             rotations: broadcast::channel(ROTATIONS_KEPT).0,
             news: Newsstand {
@@ -276,6 +279,11 @@ impl Engine {
     /// What is wrong, each in a sentence for whoever runs the shield; empty when all is well.
     pub fn problems(&self) -> Vec<String> {
         self.shared.troubles.in_words(&self.status())
+    }
+
+    /// What an operator should be woken for.
+    pub fn alerts(&self) -> Alerts {
+        self.shared.alerts.clone()
     }
 
     /// Hears of every rotation from now on.

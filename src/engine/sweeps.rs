@@ -307,5 +307,7 @@ impl Core {
         *self.shared.alive_at.write() = now;
         let mut status = self.shared.status.write();
         *status = super::EngineStatus { rotating, overdue_rotations: overdue, ..*status };
+        drop(status);
+        self.shared.judge();
     }
 }

@@ -1,12 +1,18 @@
-//! What is wrong now, in words: for health.
+//! What is wrong now, in words, and from when on somebody should be woken for it.
 //!
 //! Each is noted where it is found out. Deliberately absent: the log, to which those write who find something out.
 
+use std::time::Duration;
+
 use parking_lot::Mutex;
 
-use super::EngineStatus;
+use super::{EngineStatus, Shared};
+use crate::alert::Alert;
 use crate::keys::Timestamp;
 use crate::kms::KmsError;
+
+/// A KMS that is away for less is nobody's trouble.
+const KMS_ALERT_AFTER: Duration = Duration::from_secs(30);
 
 /// What is known of what is wrong.
 #[derive(Default)]
@@ -51,37 +57,19 @@ impl Troubles {
     pub(super) fn in_words(&self, status: &EngineStatus) -> Vec<String> {
         let supply = *self.supply.lock();
         let mut all = Vec::new();
-        if let Some(why) = self.kms().filter(|_| !status.kms_up) {
-            all.push(match (status.ready, supply.least) {
-                (false, _) => {
-                    format!("{why}: this node waits for it, because keys cannot be loaded without it")
-                }
-                (true, None) => format!("{why}: no stream can begin"),
-                (true, Some(least)) => {
-                    format!("{why}: streams go on, each with {least} keys made ahead at least")
-                }
-            });
-        } else if !status.ready {
-            all.push("keys are being loaded".to_owned());
+        match self.kms() {
+            Some(why) => all.push(supply.without_kms(&why, status)),
+            None if !status.ready => all.push("keys are being loaded".to_owned()),
+            None => {}
         }
         if status.ready && !status.store_up {
             all.push("the store does not answer: known streams go on, and nothing can be changed".to_owned());
         }
-        if supply.used_up > 0 {
-            all.push(format!(
-                "streams without a key made ahead, and none can be made: {}; their last key stays in use",
-                supply.used_up
-            ));
-        }
+        all.extend(supply.in_words());
         if status.ready && status.store_up && !status.rotating {
             all.push("due rotations are not carried out: the log says why".to_owned());
         }
-        if status.overdue_rotations > 0 {
-            all.push(format!(
-                "streams whose newest key is an hour older than its interval: {}",
-                status.overdue_rotations
-            ));
-        }
+        all.extend(overdue_in_words(status));
         if supply.put_off > 0 {
             all.push(format!(
                 "streams whose last change could not be taken in: {}; the log says why",
@@ -92,9 +80,47 @@ impl Troubles {
     }
 }
 
+impl Shared {
+    /// Raises and resolves alerts by what is known now.
+    pub(super) fn judge(&self) {
+        let now = self.clock.now();
+        let (status, supply) = (*self.status.read(), *self.troubles.supply.lock());
+        let away = self.troubles.kms_away();
+        let away = away.filter(|(since, _)| now.since(*since) >= KMS_ALERT_AFTER);
+        let away = away.map(|(_, why)| supply.without_kms(&why, &status));
+        self.alerts.set(Alert::KmsUnavailable, now, away);
+        self.alerts.set(Alert::KeysRunningOut, now, supply.in_words());
+        self.alerts.set(Alert::RotationOverdue, now, overdue_in_words(&status));
+    }
+}
+
+impl Supply {
+    /// What it means that the KMS is away.
+    fn without_kms(&self, why: &str, status: &EngineStatus) -> String {
+        match (status.ready, self.least) {
+            (false, _) => format!("{why}: this node waits for it, because keys cannot be loaded without it"),
+            (true, None) => format!("{why}: no stream can begin"),
+            (true, Some(least)) => {
+                format!("{why}: streams go on, each with {least} keys made ahead at least")
+            }
+        }
+    }
+
+    fn in_words(&self) -> Option<String> {
+        let count = Some(self.used_up).filter(|count| *count > 0)?;
+        Some(format!(
+            "streams without a key made ahead, and none can be made: {count}; their last key stays in use"
+        ))
+    }
+}
+
+fn overdue_in_words(status: &EngineStatus) -> Option<String> {
+    let count = Some(status.overdue_rotations).filter(|count| *count > 0)?;
+    Some(format!("streams whose newest key is an hour older than its interval: {count}"))
+}
+
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
 
     use super::*;
     use crate::kms::Cause;
