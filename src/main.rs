@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use keyshield::app::remote::{self, KeysCommand, RemoteArgs, StreamsCommand};
+use keyshield::app::remote::{self, KeysCommand, KmsCommand, RemoteArgs, StreamsCommand};
 use keyshield::app::{self, DemoOptions, RewriteOptions};
 use keyshield::config::{Config, ConfigError, Effective, Environment, Setting};
 use keyshield::control::Role;
@@ -84,6 +84,14 @@ enum Command {
         remote: RemoteArgs,
         #[command(subcommand)]
         command: KeysCommand,
+    },
+    /// Data encryption keys of a running shield's streams, by its control API
+    #[command(after_help = "Examples:\n  keyshield kms rotate-dek ch1\n  keyshield kms rotate-dek --all")]
+    Kms {
+        #[command(flatten)]
+        remote: RemoteArgs,
+        #[command(subcommand)]
+        command: KmsCommand,
     },
     /// Make a token for the control API, and the entry of the configuration that lets it in
     #[command(after_help = "Example:\n  keyshield token --name ci --role operator")]
@@ -323,6 +331,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         }
         Command::Streams { remote, command } => print(&block_on(remote::streams(&remote, &command))??),
         Command::Keys { remote, command } => print(&block_on(remote::keys(&remote, &command))??),
+        Command::Kms { remote, command } => print(&block_on(remote::kms(&remote, &command))??),
         Command::Token { name, role } => print(&app::token(&name, role)),
         Command::Health { control } => print(&format!("{}\n", block_on(app::health(&control))??)),
     }

@@ -122,6 +122,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn every_alert_is_documented_and_rules_ask_for_metrics_that_there_are() {
+        let page = include_str!("../../docs/alerts.md");
+        for alert in Alert::ALL {
+            let row = format!("| `{}` | {} |", alert.name(), alert.severity());
+            assert!(page.contains(&row), "{row}");
+        }
+        let metrics = Metrics::new();
+        let _ = Alerts::new(metrics.clone());
+        let (rules, there) = (include_str!("../../config/prometheus/keyshield.rules.yml"), metrics.render());
+        let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let names = rules.split(|c| !is_name(c)).filter(|word| word.starts_with("keyshield_"));
+        let missing: Vec<_> =
+            names.clone().filter(|name| !there.contains(&format!("# TYPE {name} "))).collect();
+        assert!(names.count() >= 5 && missing.is_empty(), "{missing:?}");
+    }
+
+    #[test]
     fn an_alert_is_told_when_it_begins_and_when_it_ends_and_not_between() {
         let metrics = Metrics::new();
         let alerts = Alerts::new(metrics.clone());

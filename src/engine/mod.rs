@@ -17,6 +17,7 @@ mod make;
 mod merge;
 mod operate;
 mod operator;
+mod renew;
 mod stream;
 mod supply;
 mod sweeps;
@@ -40,8 +41,8 @@ use directory::Directory;
 pub use live::{ClearInitSigner, LiveKey, Revoked};
 pub use operate::Operator;
 pub use operator::{
-    Erased, Initialized, KeyInfo, ManualRotation, OperatorError, PolicyChange, Revocation, StreamChange,
-    StreamInfo, StreamSpec, StreamState,
+    Erased, Initialized, KeyInfo, ManualRotation, OperatorError, PolicyChange, RenewedDek, Revocation,
+    StreamChange, StreamInfo, StreamSpec, StreamState,
 };
 use stream::NotYet;
 pub use stream::{Published, PublishedKey, Shown, Stream};

@@ -44,7 +44,7 @@ impl From<StoreError> for OperatorError {
 
 impl OperatorError {
     /// Of a change that failed: it may be stored all the same.
-    fn of_change(error: impl Into<WorkerError>) -> Self {
+    pub(super) fn of_change(error: impl Into<WorkerError>) -> Self {
         match error.into() {
             WorkerError::Store(error) | WorkerError::Unanswered(error) if error.may_be_stored() => {
                 OperatorError::Unknown(error.to_string())
@@ -387,7 +387,7 @@ impl Core {
         Ok(stream)
     }
 
-    async fn running(&self, id: &StreamId) -> Result<Arc<Stream>, OperatorError> {
+    pub(super) async fn running(&self, id: &StreamId) -> Result<Arc<Stream>, OperatorError> {
         let stream = self.known_stream(id).await?;
         if !stream.is_running() {
             return Err(OperatorError::Stopped(id.clone()));

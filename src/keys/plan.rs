@@ -7,7 +7,8 @@
 //! Number.
 //!
 //! Where the next key can neither be had nor made, because the KMS is away, the last one goes on: in periods of their
-//! own, a tenth as long, so that every node agrees on how far, and the next key is not long in coming once it can be made.
+//! own, a tenth as long, so that every node agrees on how far, and the next key is not long in coming once it can be made
+//! (docs/design/015).
 
 use super::ids::{MediaSequenceNumber, Ordinal};
 use super::lifecycle::KeyState;

@@ -61,7 +61,7 @@ pub(crate) struct Got {
 
 impl Got {
     /// The name at the end of the problem's type.
-    fn problem(&self) -> &str {
+    pub(crate) fn problem(&self) -> &str {
         assert_eq!(self.body["status"], self.status, "{self:?}");
         self.body["type"].as_str().unwrap().rsplit(':').next().unwrap()
     }

@@ -27,7 +27,7 @@ const PLAYLIST: &str = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:4\n#EXT
 const LONG: Duration = Duration::from_secs(3_600);
 
 /// The policy that the documentation tells to paste.
-fn documented_policy() -> String {
+pub fn documented_policy() -> String {
     let page = include_str!("../../docs/kms.md");
     let (_, rest) = page.split_once("```hcl\n").expect("a policy");
     rest.split_once("```").expect("its end").0.to_owned()
@@ -283,7 +283,7 @@ fn config(dir: &Path, vault: &str, key: &str, origin: &Origin, streams: &[&str])
     )
 }
 
-fn folder(bao: &Bao, policy: &str) -> TempDir {
+pub fn folder(bao: &Bao, policy: &str) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("token"), bao.token(policy, LONG)).unwrap();
     dir

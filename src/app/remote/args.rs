@@ -89,6 +89,20 @@ pub enum StreamsCommand {
 }
 
 #[derive(Debug, Subcommand)]
+pub enum KmsCommand {
+    /// Give a stream a new data encryption key, for the content keys that are made from now on
+    #[command(after_help = "Examples:\n  keyshield kms rotate-dek ch1\n  keyshield kms rotate-dek --all")]
+    RotateDek {
+        /// The stream's ID
+        #[arg(value_name = "STREAM", required_unless_present = "all", conflicts_with = "all")]
+        stream: Option<String>,
+        /// All streams that are running, one after the other
+        #[arg(long)]
+        all: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
 pub enum KeysCommand {
     /// A stream's keys with their states and times, never their bytes
     List(Target),

@@ -1,4 +1,4 @@
-//! `keyshield streams …` and `keyshield keys …`: the control API from the command line.
+//! `keyshield streams …`, `keyshield keys …` and `keyshield kms …`: the control API from the command line.
 //!
 //! Each command is one call (lists follow their pages). What comes back is shown as a table, or as the API's own
 //! JSON with `--json`. Deliberately absent: any knowledge of the engine; a shield elsewhere is as good as one here.
@@ -7,7 +7,7 @@ mod args;
 mod client;
 mod tables;
 
-pub use args::{KeysCommand, RemoteArgs, StreamsCommand};
+pub use args::{KeysCommand, KmsCommand, RemoteArgs, StreamsCommand};
 
 use anyhow::Context;
 use serde_json::{Map, Value, json};
@@ -87,6 +87,35 @@ pub async fn keys(args: &RemoteArgs, command: &KeysCommand) -> anyhow::Result<St
         }
     };
     show_or_json(args, &answer, show)
+}
+
+/// Carries a `kms` command out; returns what to print.
+///
+/// # Errors
+/// As [`streams`]; with `--all` after the other streams were tried.
+pub async fn kms(args: &RemoteArgs, command: &KmsCommand) -> anyhow::Result<String> {
+    let client = Client::new(args)?;
+    let KmsCommand::RotateDek { stream, .. } = command;
+    let ids = match stream {
+        Some(stream) => vec![stream.clone()],
+        None => {
+            let all = client.pages("/api/hls/streams", "streams", "after").await?;
+            let running = all["streams"].as_array().into_iter().flatten().filter(|s| s["state"] == "running");
+            running.filter_map(|stream| Some(stream["streamId"].as_str()?.to_owned())).collect()
+        }
+    };
+    let (mut renewed, mut failed) = (Vec::new(), Vec::new());
+    for id in &ids {
+        match client.call(Method::POST, &path(id, "/rotate-dek"), None).await {
+            Ok(dek) => renewed.push(dek),
+            Err(error) => failed.push(format!("{id}: {error}")),
+        }
+    }
+    let shown = show_or_json(args, &json!({ "dataKeys": renewed }), tables::data_keys)?;
+    if failed.is_empty() {
+        return Ok(shown);
+    }
+    anyhow::bail!("{} of {} streams have a new key; {}", renewed.len(), ids.len(), failed.join("; "))
 }
 
 fn show_or_json(args: &RemoteArgs, answer: &Value, show: fn(&Value) -> String) -> anyhow::Result<String> {

@@ -15,6 +15,7 @@ pub(in crate::control) enum Call {
     Initialize,
     Update,
     Rotate,
+    RotateDek,
     EmergencyRevoke,
     Stop,
     Delete,
@@ -22,7 +23,7 @@ pub(in crate::control) enum Call {
 }
 
 impl Call {
-    pub(in crate::control) const ALL: [Call; 11] = [
+    pub(in crate::control) const ALL: [Call; 12] = [
         Call::ListStreams,
         Call::ReadStream,
         Call::ReadKeys,
@@ -30,6 +31,7 @@ impl Call {
         Call::Initialize,
         Call::Update,
         Call::Rotate,
+        Call::RotateDek,
         Call::EmergencyRevoke,
         Call::Stop,
         Call::Delete,
@@ -42,7 +44,7 @@ impl Call {
             Call::ListStreams | Call::ReadStream => &[Viewer, Auditor, Operator, Security, Admin],
             Call::ReadKeys | Call::ReadRotations => &[Auditor, Operator, Security, Admin],
             Call::Initialize | Call::Update => &[Operator, Admin],
-            Call::Rotate | Call::Stop => &[Operator, Security, Admin],
+            Call::Rotate | Call::RotateDek | Call::Stop => &[Operator, Security, Admin],
             Call::EmergencyRevoke => &[Security, Admin],
             Call::Delete | Call::Erase => &[Admin],
         }
@@ -58,6 +60,7 @@ impl Call {
             Call::Initialize => (Method::POST, "/api/hls/streams/{streamId}/initialize"),
             Call::Update => (Method::PATCH, "/api/hls/streams/{streamId}"),
             Call::Rotate => (Method::POST, "/api/hls/streams/{streamId}/rotate"),
+            Call::RotateDek => (Method::POST, "/api/hls/streams/{streamId}/rotate-dek"),
             Call::EmergencyRevoke => (Method::POST, "/api/hls/streams/{streamId}/emergency-revoke"),
             Call::Stop => (Method::POST, "/api/hls/streams/{streamId}/stop"),
             Call::Delete => (Method::DELETE, "/api/hls/streams/{streamId}"),

@@ -163,6 +163,9 @@ async fn without_the_kms_keys_that_wait_are_used_up_then_the_last_stays_and_then
     until(async || out(&node)).await;
     let refused = node.operator.rotate(&id(), "ops").await.unwrap_err();
     assert!(refused.to_string().contains("none can be made: KMS test, key far/away"), "{refused}");
+    let active =
+        || node.engine.alerts().active().into_iter().map(|(alert, ..)| alert.name()).collect::<Vec<_>>();
+    assert_eq!(active(), ["kms-unavailable", "keys-running-out"]);
     // Nor does time take the last key out of use, whoever watches.
     clock.advance(MINUTE * 300);
     for _ in 0..5 {
@@ -171,12 +174,14 @@ async fn without_the_kms_keys_that_wait_are_used_up_then_the_last_stays_and_then
     let newest = node.operator.stream(&id()).await.unwrap().current_key.unwrap();
     assert_eq!(newest.state, KeyState::Active);
     assert_eq!(node.engine.status().overdue_rotations, 1);
+    assert_eq!(active(), ["kms-unavailable", "keys-running-out", "rotation-overdue"]);
     let last = node.published(RENDITION, 160, 166).await;
     assert_eq!(keys(&last), 1);
 
     kms.set(true);
     until(async || node.stream().known.read().waiting() == 3).await;
     until(async || node.engine.problems().is_empty()).await;
+    assert_eq!(active(), [""; 0]);
     node.published(RENDITION, 160, 166).await;
     let after = node.published(RENDITION, 166, 176).await;
     assert_ne!(after.last().unwrap().1, last[0].1, "the rotation that was due is made up for");
@@ -230,6 +235,110 @@ async fn a_stream_that_waits_for_its_key_holds_no_news_up() {
     tokio::time::timeout(Duration::from_secs(2), until(stopped)).await.expect("news come meanwhile");
     *hanging.hangs.lock() = false;
     until(async || two.engine.stream_at("main", "/two/a").is_some()).await;
+}
+
+#[tokio::test]
+async fn a_kms_that_is_away_for_a_moment_alerts_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let (clock, kms) = (Clock::manual(START), Remote::open(dir.path()));
+    let node = start(dir.path(), &clock, &kms).await;
+    let mut heard = node.engine.alerts().listen();
+    kms.set(false);
+    noticed(&node, false).await;
+    clock.advance(Duration::from_secs(29));
+    sweeps(&node).await;
+    assert!(heard.try_recv().is_err() && !node.engine.problems().is_empty());
+    clock.advance(Duration::from_secs(1));
+    let notice = heard.recv().await.unwrap();
+    assert!(
+        notice.is_raised && notice.text.contains("cut off: streams go on, each with 3 keys"),
+        "{notice:?}"
+    );
+    kms.set(true);
+    assert!(!heard.recv().await.unwrap().is_raised);
+}
+
+#[tokio::test]
+async fn a_dek_is_renewed_by_time_and_shredded_when_no_key_needs_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (clock, kms) = (Clock::manual(START), Remote::open(dir.path()));
+    let node = start(dir.path(), &clock, &kms).await;
+    let first = node.publish(RENDITION, live(100, 106), Duration::from_secs(20)).await;
+    let day = Duration::from_secs(86_400);
+    clock.advance(day * 89);
+    sweeps(&node).await;
+    assert_eq!(versions(dir.path()).await, [(1, true)]);
+    clock.advance(day);
+    until(async || versions(dir.path()).await == [(1, true), (2, true)]).await;
+    let (old, new) = {
+        let stream = node.stream();
+        let known = stream.known.read();
+        let mut deks = known.deks.values().map(|dek| dek.row.id);
+        (deks.next().unwrap(), deks.next().unwrap())
+    };
+    assert_eq!(first.clear_init.dek, old);
+    let before = node.publish(RENDITION, live(100, 106), Duration::from_secs(20)).await;
+    assert_eq!(before.clear_init.dek, old, "as long as the window's keys are under it");
+    // Keys that wait are used up, and new ones come under the new one.
+    for end in (112..400).step_by(6) {
+        node.published(RENDITION, end - 6, end).await;
+        clock.advance(MINUTE);
+        sweeps(&node).await;
+    }
+    until(async || versions(dir.path()).await == [(1, false), (2, true)]).await;
+    until(async || node.stream().known.read().deks.len() == 1).await;
+    assert!(node.engine.clear_init_signer(old).await.is_none());
+    let after = node.publish(RENDITION, live(394, 400), Duration::from_secs(20)).await;
+    assert_eq!(after.clear_init.dek, new);
+    let shown = node.published(RENDITION, 394, 400).await;
+    node.sweeps.abort();
+    let again = start(dir.path(), &clock, &kms).await;
+    assert_eq!(again.published(RENDITION, 394, 400).await, shown);
+}
+
+#[tokio::test]
+async fn two_nodes_that_renew_a_dek_at_once_make_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let (clock, kms) = (Clock::manual(START), Remote::open(dir.path()));
+    let one = start(dir.path(), &clock, &kms).await;
+    let two = start(dir.path(), &clock, &kms).await;
+    let (stream, actor) = (id(), "ops");
+    let (a, b) =
+        tokio::join!(one.operator.rotate_dek(&stream, actor), two.operator.rotate_dek(&stream, actor));
+    let (a, b) = (a.unwrap(), b.unwrap());
+    // Either at once, or one behind the other.
+    let stored = versions(dir.path()).await;
+    assert_eq!(stored.len() as u32, a.version.0.max(b.version.0), "{stored:?}");
+    assert!(a == b || a.version != b.version, "{a:?} {b:?}");
+    let newest = async |node: &Node| node.stream().known.read().dek().map(|dek| dek.row.id);
+    until(async || newest(&one).await == newest(&two).await).await;
+    for end in (106..160).step_by(6) {
+        let published = one.published(RENDITION, end - 6, end).await;
+        assert_eq!(two.published(RENDITION, end - 6, end).await, published);
+    }
+    let deks: std::collections::BTreeSet<_> =
+        one.stream().known.read().keys.values().map(|key| key.dek).collect();
+    assert!(deks.contains(&newest(&one).await.unwrap()), "new keys are under it");
+}
+
+#[tokio::test]
+async fn a_dek_is_not_renewed_without_the_kms_and_what_is_there_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let (clock, kms) = (Clock::manual(START), Remote::open(dir.path()));
+    let node = start(dir.path(), &clock, &kms).await;
+    let before = node.published(RENDITION, 100, 106).await;
+    kms.set(false);
+    let refused = node.operator.rotate_dek(&id(), "ops").await.unwrap_err();
+    assert!(refused.to_string().contains("KMS test, key far/away: cut off"), "{refused}");
+    assert_eq!(versions(dir.path()).await, [(1, true)]);
+    assert_eq!(node.published(RENDITION, 100, 106).await, before);
+    kms.set(true);
+    let renewed = node.operator.rotate_dek(&id(), "ops").await.unwrap();
+    assert_eq!(renewed.version.0, 2);
+    assert_eq!(node.published(RENDITION, 100, 106).await, before);
+    node.operator.stop(&id(), "ops").await.unwrap();
+    let stopped = node.operator.rotate_dek(&id(), "ops").await.unwrap_err();
+    assert!(matches!(stopped, OperatorError::Stopped(_)), "{stopped}");
 }
 
 /// Does not answer while it hangs.
