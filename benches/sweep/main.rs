@@ -151,6 +151,12 @@ impl Node {
         let (engine, seat) = Engine::new(clock.clone(), metrics.clone());
         let store = Store::open(location, CONNECTIONS).await?;
         let kms = Arc::new(LocalKms::open(&dir.join("master.key"))?);
+        // What a sweep costs is measured, and not the KMS.
+        let deks = DekRules {
+            max_unwrapped: 1_000_000,
+            unwrapped_ttl: Duration::from_secs(10 * 366 * 86_400),
+            rotate_after: None,
+        };
         let fleet = Fleet {
             node: "bench".into(),
             is_alone: matches!(location, Location::Sqlite(_)),
@@ -158,7 +164,7 @@ impl Node {
             sweep_interval: Duration::from_secs(1),
             lease: Duration::from_secs(10),
         };
-        let worker = Worker::load(seat, store.clone(), kms, DekRules::default(), fleet, declared).await?;
+        let worker = Worker::load(seat, store.clone(), kms, deks, fleet, declared).await?;
         Ok(Self { engine, worker, store, clock, metrics })
     }
 

@@ -29,6 +29,7 @@ fn answer(engine: &EngineStatus, problems: Vec<String>) -> (StatusCode, Json<Hea
         | EngineStatus { kms_up: false, .. }
         | EngineStatus { rotating: false, .. } => ("degraded", "warning", StatusCode::OK),
         EngineStatus { overdue_rotations: 1.., .. } => ("degraded", "warning", StatusCode::OK),
+        _ if !problems.is_empty() => ("degraded", "warning", StatusCode::OK),
         _ => ("healthy", "good", StatusCode::OK),
     };
     let operational = |yes| if yes { "operational" } else { "down" };
@@ -92,5 +93,6 @@ mod tests {
         assert_eq!(status(EngineStatus { store_up: false, ..WELL }), (200, "degraded"));
         assert_eq!(status(EngineStatus { kms_up: false, ..WELL }), (200, "degraded"));
         assert_eq!(status(EngineStatus { overdue_rotations: 2, ..WELL }), (200, "degraded"));
+        assert_eq!(status(WELL), (200, "degraded"), "whatever it is");
     }
 }

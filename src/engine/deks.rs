@@ -15,7 +15,7 @@ use super::Shared;
 use super::unwrapped::Unwrapped;
 use crate::entropy;
 use crate::keys::{Context, DataEncryptionKey, DekId, DekVersion, StreamId};
-use crate::kms::{Kms, KmsError, WrappedKey};
+use crate::kms::{KeyDescription, Kms, KmsError, WrappedKey};
 use crate::store::DekRow;
 
 /// Keys that are made or unwrapped at once by one who asks for many.
@@ -25,6 +25,8 @@ pub(super) const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// How long somebody who has to go on waits for a key to be unwrapped.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// How long a key that could not be had is left alone.
+const WANTED_AGAIN_AFTER: Duration = Duration::from_secs(1);
 /// Keys that may be wanted at once. Who wants another one asks again.
 const MAX_WANTED: usize = 10_000;
 
@@ -70,6 +72,8 @@ pub(super) struct Deks {
     unwrapped: Mutex<Unwrapped>,
     wanted: Mutex<HashMap<DekId, Wanted>>,
     pub(super) wants: Notify,
+    /// The key that wraps now, once the KMS has said so.
+    kek_id: Mutex<Option<String>>,
     shared: Arc<Shared>,
 }
 
@@ -82,6 +86,7 @@ impl Deks {
             unwrapped: Mutex::new(Unwrapped::new(rules.max_unwrapped, rules.unwrapped_ttl)),
             wanted: Mutex::default(),
             wants: Notify::new(),
+            kek_id: Mutex::default(),
             shared,
         }
     }
@@ -147,7 +152,7 @@ impl Deks {
                 Ok(_) => drop(wanted.remove(&id)),
                 Err(_) => {
                     if let Some(wanted) = wanted.get_mut(&id) {
-                        wanted.again_at = Some(Instant::now() + FIRST_PAUSE);
+                        wanted.again_at = Some(Instant::now() + WANTED_AGAIN_AFTER);
                     }
                 }
             }
@@ -194,7 +199,13 @@ impl Deks {
         let call = async {
             let context = Context::Dek { stream, dek: row.id, version: row.version };
             let wrapped = WrappedKey { kek_id: row.kek_id.clone(), bytes: row.wrapped.clone() };
-            let key = self.note("unwrap", self.kms.unwrap(&context, &wrapped).await);
+            // That an older key is not to be had says nothing about the one that wraps now.
+            let is_older = self.kek_id.lock().as_ref().is_some_and(|kek_id| *kek_id != row.kek_id);
+            let outcome = self.kms.unwrap(&context, &wrapped).await;
+            let key = match is_older {
+                true => self.count("unwrap", outcome),
+                false => self.note("unwrap", outcome),
+            };
             if let Ok(key) = &key {
                 self.hold(row.id, key.clone());
             }
@@ -226,18 +237,32 @@ impl Deks {
     /// Looks whether the KMS is there; what comes of it is noted.
     pub(super) async fn look(&self) {
         // Noted, which is all that is wanted.
-        let _ = self.note("describe", self.kms.describe().await);
+        let _ = self.describe().await;
+    }
+
+    async fn describe(&self) -> Result<KeyDescription, KmsError> {
+        let described = self.note("describe", self.kms.describe().await);
+        if let Ok(key) = &described {
+            *self.kek_id.lock() = Some(key.kek_id.clone());
+        }
+        described
+    }
+
+    fn count<T>(&self, operation: &str, outcome: Result<T, KmsError>) -> Result<T, KmsError> {
+        let name = match &outcome {
+            Ok(_) => "ok",
+            Err(error) if error.is_about_what_was_wrapped() => "rejected",
+            Err(error) if error.is_retryable() => "unavailable",
+            Err(_) => "refused",
+        };
+        self.shared.metrics.kms_calls.with_label_values(&[operation, name]).inc();
+        outcome
     }
 
     /// Counts a call, and notes what it says about the KMS.
     fn note<T>(&self, operation: &str, outcome: Result<T, KmsError>) -> Result<T, KmsError> {
-        let (name, is_up) = match &outcome {
-            Ok(_) => ("ok", true),
-            Err(error) if error.is_about_what_was_wrapped() => ("rejected", true),
-            Err(error) if error.is_retryable() => ("unavailable", false),
-            Err(_) => ("refused", false),
-        };
-        self.shared.metrics.kms_calls.with_label_values(&[operation, name]).inc();
+        let outcome = self.count(operation, outcome);
+        let is_up = outcome.as_ref().err().is_none_or(KmsError::is_about_what_was_wrapped);
         self.shared.metrics.kms_up.set(i64::from(is_up));
         self.shared.troubles.note_kms(self.shared.clock.now(), outcome.as_ref().err().filter(|_| !is_up));
         let was_up = std::mem::replace(&mut self.shared.status.write().kms_up, is_up);
@@ -255,7 +280,7 @@ impl Deks {
     pub(super) async fn wait_for_kms(&self) {
         let mut pause = FIRST_PAUSE;
         loop {
-            match self.note("describe", self.kms.describe().await) {
+            match self.describe().await {
                 Ok(key) => {
                     tracing::info!(
                         key = key.kek_id,
@@ -283,7 +308,7 @@ mod tests {
     use crate::clock::Clock;
     use crate::engine::Engine;
     use crate::keys::Timestamp;
-    use crate::kms::{Cause, KeyDescription};
+    use crate::kms::Cause;
     use crate::telemetry::Metrics;
 
     /// Unwraps everything but what was wrapped by `bad`, each after a second.
@@ -317,6 +342,11 @@ mod tests {
                 "bad" => {
                     Err(KmsError { provider: "test", key: wrapped.kek_id.clone(), cause: Cause::Foreign })
                 }
+                "gone" => Err(KmsError {
+                    provider: "test",
+                    key: wrapped.kek_id.clone(),
+                    cause: Cause::Refused("no longer permitted".into()),
+                }),
                 _ => Ok(DataEncryptionKey::from_bytes([1; 32])),
             }
         }
@@ -412,5 +442,22 @@ mod tests {
         deks.wanted.lock().values_mut().for_each(|wanted| wanted.again_at = Some(Instant::now()));
         deks.unwrap_wanted(is_needed).await;
         assert_eq!(rejected(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_older_kek_that_is_not_to_be_had_does_not_make_the_kms_look_away() {
+        let (_, metrics, deks) = deks();
+        let (stream, row) = wrapped(1, "gone");
+        assert!(deks.unwrap(&stream, &row).await.is_err());
+        assert!(!deks.shared.status.read().kms_up, "it may be the one that wraps");
+        deks.note("describe", Ok(())).unwrap();
+        *deks.kek_id.lock() = Some("good".into());
+        assert!(deks.unwrap(&stream, &row).await.is_err());
+        assert!(deks.shared.status.read().kms_up && deks.shared.troubles.kms().is_none());
+        assert_eq!(
+            metrics.kms_calls.with_label_values(&["unwrap", "refused"]).get(),
+            2,
+            "counted all the same"
+        );
     }
 }
