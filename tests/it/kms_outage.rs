@@ -16,9 +16,7 @@ use serde_json::Value;
 
 use crate::bao::Bao;
 use crate::control_api::{call, tokens};
-use crate::harness::{
-    Keys, Running, ask, fetch_segments, get, openssl_decrypt, pause, wait_at_most, wait_for,
-};
+use crate::harness::{Keys, Running, ask, fetch_segments, get, openssl_decrypt, wait_at_most, wait_for};
 use crate::kms::{documented_policy, folder};
 use crate::origin::{Answer, Origin};
 use crate::wire::Wire;
@@ -157,6 +155,14 @@ fn an_outage_beyond_the_time_of_keys_is_played_through_told_and_made_up_for() {
         .output()
         .unwrap();
     assert!(String::from_utf8_lossy(&told.stdout).contains("KMS vault, key transit/keyshield"), "{told:?}");
+    let renew = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_keyshield"));
+        command.args(["kms", "rotate-dek", "--all", "--control", &shield.control]);
+        command.env("KEYSHIELD_TOKEN", "ks_admin").output().unwrap()
+    };
+    let told = renew();
+    let why = String::from_utf8_lossy(&told.stderr).into_owned();
+    assert!(!told.status.success() && why.contains("0 of 1 streams have a new key; ch1: 503"), "{why}");
     let refused = call(&shield, "POST", "/ch1/rotate-dek", Value::Null);
     assert_eq!(refused.problem(), "failed");
 
@@ -167,6 +173,8 @@ fn an_outage_beyond_the_time_of_keys_is_played_through_told_and_made_up_for() {
     let log = shield.logged();
     assert!(log.contains("alert raised") && log.contains("alert resolved"), "{log}");
     assert!(!log.contains("secret-of-the-webhook"), "{log}");
-    pause(Duration::from_millis(100));
+    let told = renew();
+    let table = String::from_utf8_lossy(&told.stdout).into_owned();
+    assert!(told.status.success() && table.contains("vault:transit/keyshield"), "{told:?}");
     play(&shield);
 }
