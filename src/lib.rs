@@ -3,7 +3,7 @@
 //! The map of the house. Arrows run one way, and `tests/tidy.rs` keeps them:
 //!
 //! ```text
-//! main → app → shield, control, demo → engine → store, kms → hls, cipher → keys
+//! main → app → shield, control, demo → engine → store, kms, alert → hls, cipher → keys
 //! ```
 //!
 //! Pure rooms (no clock, no randomness, no files, no sockets, no async): `keys`, `cipher`, `hls`.
@@ -13,6 +13,7 @@
 
 #![warn(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
 
+pub mod alert;
 pub mod app;
 pub mod cipher;
 pub mod clock;

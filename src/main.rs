@@ -85,9 +85,9 @@ enum Command {
         #[command(subcommand)]
         command: KeysCommand,
     },
-    /// The key management services of a running shield, by its control API
+    /// The KMSs and data encryption keys of a running shield, by its control API
     #[command(
-        after_help = "Examples:\n  keyshield kms status\n  keyshield kms rewrap --to vault\n\nBefore a provider leaves the configuration, status must show no data keys under its keys. See docs/kms.md."
+        after_help = "Examples:\n  keyshield kms status\n  keyshield kms rewrap --to vault\n  keyshield kms rotate-dek ch1\n  keyshield kms rotate-dek --all\n\nBefore a provider leaves the configuration, status must show no data keys under its keys. See docs/kms.md."
     )]
     Kms {
         #[command(flatten)]

@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use clap::Parser;
 use keyshield::clock::Clock;
-use keyshield::engine::{Engine, Fleet, StreamSpec, Worker};
+use keyshield::engine::{DekRules, Engine, Fleet, StreamSpec, Worker};
 use keyshield::keys::{Policy, Timestamp};
 use keyshield::kms::{Keyring, LocalKms};
 use keyshield::store::{Location, Store};
@@ -151,6 +151,12 @@ impl Node {
         let (engine, seat) = Engine::new(clock.clone(), metrics.clone());
         let store = Store::open(location, CONNECTIONS).await?;
         let kms = Arc::new(Keyring::of("local", Arc::new(LocalKms::open(&dir.join("master.key"))?)));
+        // What a sweep costs is measured, and not the KMS.
+        let deks = DekRules {
+            max_unwrapped: 1_000_000,
+            unwrapped_ttl: Duration::from_secs(10 * 366 * 86_400),
+            rotate_after: None,
+        };
         let fleet = Fleet {
             node: "bench".into(),
             is_alone: matches!(location, Location::Sqlite(_)),
@@ -158,7 +164,7 @@ impl Node {
             sweep_interval: Duration::from_secs(1),
             lease: Duration::from_secs(10),
         };
-        let worker = Worker::load(seat, store.clone(), kms, fleet, declared).await?;
+        let worker = Worker::load(seat, store.clone(), kms, deks, fleet, declared).await?;
         Ok(Self { engine, worker, store, clock, metrics })
     }
 

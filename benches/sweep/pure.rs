@@ -49,5 +49,6 @@ fn idle() -> StreamFacts {
         next: Ordinal(5),
         renditions: vec![rendition; 3],
         scheduled: Some(Ordinal(1)),
+        can_make: true,
     }
 }

@@ -90,6 +90,7 @@ fn media(
     let planned = plan(
         &facts.window(),
         Situation {
+            unmade: None,
             schedule: &Schedule::default(),
             edge: None,
             policy: &options.policy,

@@ -30,10 +30,11 @@ use tokio::sync::Notify;
 use super::access::access;
 use super::kms::kms;
 use super::probe::UpstreamProbe;
+use crate::alert::Webhook;
 use crate::clock::Clock;
 use crate::config::{Config, Database, KmsConfig};
 use crate::control::{self, Access, AccessSettings, ControlParts, OperatorSlot};
-use crate::engine::{Engine, Fleet, Parting, StreamSpec, Worker, WorkerSeat};
+use crate::engine::{DekRules, Engine, Fleet, Parting, StreamSpec, Worker, WorkerSeat};
 use crate::entropy;
 use crate::kms::{Held, Keyring};
 use crate::shield::upstream::{Timeouts, Upstream};
@@ -96,6 +97,7 @@ pub(super) fn run(config: &Config, extras: Extras) -> anyhow::Result<()> {
     let data_plane =
         server.add_service(Prebound { service: data_plane, address, listener: Some(data_listener) });
 
+    let metrics_of_alerts = metrics.clone();
     let (operator, parting) = (OperatorSlot::default(), Arc::new(OnceLock::new()));
     let parts = ControlParts {
         engine: engine.clone(),
@@ -106,8 +108,15 @@ pub(super) fn run(config: &Config, extras: Extras) -> anyhow::Result<()> {
         access: Access::new(access(config, extras.access))?,
         probe: Arc::new(UpstreamProbe::new(upstream(config, metrics), config)),
     };
+    let node = hex::encode(&entropy::random::<8>()[..]);
+    let webhook = match &config.alert_webhook {
+        Some(url) => Some(Webhook::new(url.clone(), node.clone(), metrics_of_alerts)?),
+        None => None,
+    };
     let start = ControlStart {
         config: config.clone(),
+        node,
+        webhook,
         listener: control_listener,
         router: control::router(parts),
         operator,
@@ -268,6 +277,9 @@ impl ServiceWithDependents for Prebound {
 /// What the control plane starts from.
 struct ControlStart {
     config: Config,
+    /// This process among those that share a store.
+    node: String,
+    webhook: Option<Webhook>,
     listener: TcpListener,
     router: Router,
     operator: OperatorSlot,
@@ -292,11 +304,16 @@ impl BackgroundService for ControlPlane {
 
 impl ControlStart {
     async fn run(self, shutdown: ShutdownWatch, ready: ServiceReadyNotifier) -> anyhow::Result<()> {
-        let Self { config, listener, router, operator, engine, seat, when_ready, parting } = self;
+        let Self { config, node, webhook, listener, router, operator, engine, seat, when_ready, parting } =
+            self;
         let mut serving = pin!(serve_until(listener, router, shutdown));
+        if let Some(webhook) = webhook {
+            // Ends with the runtime. Before keys are loaded: that they cannot be is what to be alerted to.
+            tokio::spawn(webhook.post_all(engine.alerts().listen()));
+        }
         let worker = tokio::select! {
             served = &mut serving => return served,
-            loaded = load(&config, seat) => loaded?,
+            loaded = load(&config, node, seat) => loaded?,
         };
         operator.fill(worker.operator());
         // This runs once.
@@ -324,18 +341,23 @@ impl ControlStart {
 }
 
 /// Opens the store and the KMS, and loads every stream.
-async fn load(config: &Config, seat: WorkerSeat) -> anyhow::Result<Worker> {
+async fn load(config: &Config, node: String, seat: WorkerSeat) -> anyhow::Result<Worker> {
     let store = Store::open(&location(config), config.store_max_connections).await?;
     let keyring = Arc::new(keyring(config)?);
+    let deks = DekRules {
+        max_unwrapped: config.deks.max_unwrapped,
+        unwrapped_ttl: config.deks.unwrapped_ttl,
+        rotate_after: config.deks.rotate_after,
+    };
     let fleet = Fleet {
-        node: hex::encode(&entropy::random::<8>()[..]),
+        node,
         // The lock on the file says so.
         is_alone: matches!(config.database, Database::Sqlite(_)),
         poll_interval: config.store_poll_interval,
         sweep_interval: config.sweep_interval,
         lease: config.store_lease,
     };
-    Ok(Worker::load(seat, store, keyring, fleet, streams(config)).await?)
+    Ok(Worker::load(seat, store, keyring, deks, fleet, streams(config)).await?)
 }
 
 /// Those that are named, and no others: what is only configured is not opened.

@@ -48,8 +48,17 @@ pub(super) fn log_filter(filter: &str) -> Result<String, ConfigError> {
 }
 
 /// A URL on whose way nobody reads or changes anything: https, or http on loopback.
+/// Where something is sent that only its receiver should have.
 pub(super) fn private_url(name: &str, text: &str) -> Result<String, ConfigError> {
-    let bad = |why| field(name, text, why);
+    private(name, text, |why| field(name, text, why))
+}
+
+/// As [`private_url`], where the URL itself is a secret.
+pub(super) fn secret_url(name: &str, text: &str) -> Result<String, ConfigError> {
+    private(name, text, |why| entry(name, why))
+}
+
+fn private(name: &str, text: &str, bad: impl Fn(&str) -> ConfigError) -> Result<String, ConfigError> {
     let url = Url::parse(text).map_err(|_| bad("must be an absolute URL"))?;
     if !url.username().is_empty() || url.password().is_some() {
         return Err(entry(name, "must not have a user name or a password"));

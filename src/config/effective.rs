@@ -6,7 +6,7 @@ use toml::{Table, Value};
 
 use super::raw::RawConfig;
 use super::schema::join;
-use super::secrets::{masked_hash, masked_url};
+use super::secrets::{masked_hash, masked_url, masked_webhook};
 use super::{Config, Source};
 
 /// A configuration with the origin of each of its values.
@@ -62,6 +62,7 @@ pub(super) fn masked(key: &str, value: Value) -> Value {
     match value {
         Value::String(text) if key.ends_with(".sha256") => Value::String(masked_hash(&text)),
         Value::String(text) if SECRETS.contains(&key) && !text.is_empty() => Value::String("***".into()),
+        Value::String(text) if key == "alerts.webhook_url" => Value::String(masked_webhook(&text)),
         Value::String(text) => Value::String(masked_url(&text)),
         Value::Array(elements) => {
             Value::Array(elements.into_iter().map(|element| masked(key, element)).collect())

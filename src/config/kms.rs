@@ -14,9 +14,10 @@ mod gcp;
 mod vault;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::ConfigError;
-use super::checks::field;
+use super::checks::{YEAR_SECS, between, field, secs};
 use super::raw::RawKms;
 #[cfg(feature = "kms-aws")]
 pub use aws::AwsConfig;
@@ -77,6 +78,25 @@ impl KmsConfig {
     }
 }
 
+/// How data encryption keys are kept and renewed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DekConfig {
+    /// So many are unwrapped in memory at most.
+    pub max_unwrapped: usize,
+    pub unwrapped_ttl: Duration,
+    /// `None`: never by time.
+    pub rotate_after: Option<Duration>,
+}
+
+pub(super) fn deks(raw: &RawKms) -> Result<DekConfig, ConfigError> {
+    let days = between("kms.dek_rotation_days", raw.dek_rotation_days, 0..=3_660)?;
+    Ok(DekConfig {
+        max_unwrapped: between("kms.max_unwrapped", raw.max_unwrapped, 100..=10_000_000)?,
+        unwrapped_ttl: secs("kms.unwrapped_ttl_secs", raw.unwrapped_ttl_secs, 1..=YEAR_SECS)?,
+        rotate_after: (days > 0).then(|| Duration::from_secs(days * 86_400)),
+    })
+}
+
 pub(super) fn keyring(raw: &RawKms) -> Result<KeyringConfig, ConfigError> {
     let wraps = kms("kms.provider", &raw.provider, raw)?;
     let mut also = Vec::with_capacity(raw.also.len());
@@ -119,6 +139,22 @@ mod tests {
 
     fn wraps(raw: &RawKms) -> Result<KmsConfig, ConfigError> {
         keyring(raw).map(|keyring| keyring.wraps)
+    }
+
+    #[test]
+    fn how_keys_are_kept_has_its_bounds() {
+        let default = deks(&RawKms::default()).unwrap();
+        assert_eq!(default.rotate_after, Some(Duration::from_secs(90 * 86_400)));
+        let never = deks(&RawKms { dek_rotation_days: 0, ..RawKms::default() }).unwrap();
+        assert_eq!(never.rotate_after, None);
+        for (raw, named) in [
+            (RawKms { max_unwrapped: 10, ..RawKms::default() }, "kms.max_unwrapped"),
+            (RawKms { unwrapped_ttl_secs: 0, ..RawKms::default() }, "kms.unwrapped_ttl_secs"),
+            (RawKms { dek_rotation_days: 99_999, ..RawKms::default() }, "kms.dek_rotation_days"),
+        ] {
+            let error = deks(&raw).unwrap_err().to_string();
+            assert!(error.starts_with(named), "{error}");
+        }
     }
 
     #[test]

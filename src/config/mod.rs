@@ -6,6 +6,7 @@
 //! the configuration names (`app` does).
 
 mod access;
+mod alerts;
 mod checks;
 mod database;
 mod effective;
@@ -37,12 +38,13 @@ pub use kms::AzureConfig;
 pub use kms::GcpConfig;
 #[cfg(feature = "kms-vault")]
 pub use kms::VaultConfig;
-pub use kms::{KeyringConfig, KmsConfig};
+pub use kms::{DekConfig, KeyringConfig, KmsConfig};
 pub use layers::{Layers, Setting, Source};
 pub use raw::{RawConfig, RawControl, RawJwt, RawOrigin, RawPolicy, RawStream, RawToken};
 pub use secrets::masked_url;
 pub use streams::StreamConfig;
 
+use crate::alert::WebhookUrl;
 use crate::hls::Mounts;
 use crate::keys::Policy;
 use crate::telemetry::LogFormat;
@@ -67,6 +69,9 @@ pub struct Config {
     /// How long a node that does not renew it holds the lease of the sweep.
     pub store_lease: Duration,
     pub kms: KeyringConfig,
+    pub deks: DekConfig,
+    /// Where alerts are told to.
+    pub alert_webhook: Option<WebhookUrl>,
     pub sweep_interval: Duration,
     pub key_uri_base: String,
     pub key_max_age: Duration,
@@ -144,6 +149,8 @@ impl Config {
             )?,
             store_lease: secs("store.lease_secs", raw.store.lease_secs, 2..=300)?,
             kms: kms::keyring(&raw.kms)?,
+            deks: kms::deks(&raw.kms)?,
+            alert_webhook: alerts::webhook(&raw.alerts)?,
             sweep_interval: millis(
                 "keys.sweep_interval_millis",
                 raw.keys.sweep_interval_millis,

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::secrets::{masked_hash, masked_url};
+use super::secrets::{masked_hash, masked_url, masked_webhook};
 use crate::keys::{KeyMethod, Policy};
 
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
@@ -19,6 +19,7 @@ pub struct RawConfig {
     pub log: RawLog,
     pub store: RawStore,
     pub kms: RawKms,
+    pub alerts: RawAlerts,
     pub keys: RawKeys,
     pub playlists: RawPlaylists,
     pub segments: RawSegments,
@@ -36,6 +37,7 @@ impl Default for RawConfig {
             log: RawLog::default(),
             store: RawStore::default(),
             kms: RawKms::default(),
+            alerts: RawAlerts::default(),
             keys: RawKeys::default(),
             playlists: RawPlaylists::default(),
             segments: RawSegments::default(),
@@ -176,6 +178,9 @@ pub struct RawKms {
     pub provider: String,
     pub also: Vec<String>,
     pub master_key_file: PathBuf,
+    pub max_unwrapped: usize,
+    pub unwrapped_ttl_secs: u64,
+    pub dek_rotation_days: u64,
     pub aws: RawAws,
     pub azure: RawAzure,
     pub gcp: RawGcp,
@@ -188,6 +193,9 @@ impl Default for RawKms {
             provider: "local".into(),
             also: Vec::new(),
             master_key_file: "keyshield.master".into(),
+            max_unwrapped: 20_000,
+            unwrapped_ttl_secs: 3_600,
+            dek_rotation_days: 90,
             aws: RawAws::default(),
             azure: RawAzure::default(),
             gcp: RawGcp::default(),
@@ -353,6 +361,18 @@ impl fmt::Debug for RawVault {
             .field("timeout_secs", &self.timeout_secs)
             .field("max_concurrent", &self.max_concurrent)
             .finish_non_exhaustive()
+    }
+}
+
+#[derive(Clone, PartialEq, Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawAlerts {
+    pub webhook_url: String,
+}
+
+impl fmt::Debug for RawAlerts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RawAlerts").field("webhook_url", &masked_webhook(&self.webhook_url)).finish()
     }
 }
 

@@ -28,6 +28,16 @@ fn masked_parameter(parameter: &str, always: bool) -> String {
     }
 }
 
+/// Of a webhook's URL, where it leads to: its path is a secret too.
+pub(super) fn masked_webhook(text: &str) -> String {
+    let place = url::Url::parse(text).map(|url| url.origin().ascii_serialization());
+    match place {
+        Ok(place) => format!("{place}/***"),
+        Err(_) if text.is_empty() => String::new(),
+        Err(_) => "***".to_owned(),
+    }
+}
+
 /// The first eight digits of a hash.
 pub(super) fn masked_hash(text: &str) -> String {
     format!("{}…", text.chars().take(8).collect::<String>())
@@ -36,6 +46,12 @@ pub(super) fn masked_hash(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_a_webhook_its_host_is_shown() {
+        assert_eq!(masked_webhook("https://chat.example/hooks/secret?a=secret"), "https://chat.example/***");
+        assert_eq!((masked_webhook(""), masked_webhook("secret")), (String::new(), "***".to_owned()));
+    }
 
     #[test]
     fn passwords_are_masked_wherever_they_stand() {

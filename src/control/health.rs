@@ -15,20 +15,21 @@ use crate::engine::EngineStatus;
 #[utoipa::path(get, path = "/api/hls/health", operation_id = "getHealth",
     tag = "operation", security(()),
     responses(
-        (status = 200, description = "`healthy`, or `degraded`: look at the log.", body = Health),
+        (status = 200, description = "`healthy`, or `degraded`: `problems` says why.", body = Health),
         (status = 503, description = "`unhealthy`: send players elsewhere.", body = Health)
     ))]
 pub(super) async fn health(State(control): State<Control>) -> (StatusCode, Json<Health>) {
-    answer(&control.engine.status())
+    answer(&control.engine.status(), control.engine.problems())
 }
 
-fn answer(engine: &EngineStatus) -> (StatusCode, Json<Health>) {
+fn answer(engine: &EngineStatus, problems: Vec<String>) -> (StatusCode, Json<Health>) {
     let (status, health_status, code) = match engine {
         EngineStatus { ready: false, .. } => ("unhealthy", "critical", StatusCode::SERVICE_UNAVAILABLE),
         EngineStatus { store_up: false, .. }
         | EngineStatus { kms_up: false, .. }
         | EngineStatus { rotating: false, .. } => ("degraded", "warning", StatusCode::OK),
         EngineStatus { overdue_rotations: 1.., .. } => ("degraded", "warning", StatusCode::OK),
+        _ if !problems.is_empty() => ("degraded", "warning", StatusCode::OK),
         _ => ("healthy", "good", StatusCode::OK),
     };
     let operational = |yes| if yes { "operational" } else { "down" };
@@ -45,6 +46,7 @@ fn answer(engine: &EngineStatus) -> (StatusCode, Json<Health>) {
             overdue_rotations: engine.overdue_rotations,
             health_status,
         },
+        problems,
     };
     (code, Json(body))
 }
@@ -66,7 +68,7 @@ mod tests {
 
     #[test]
     fn a_healthy_shield_answers_with_the_guides_json() {
-        let (code, Json(body)) = answer(&WELL);
+        let (code, Json(body)) = answer(&WELL, Vec::new());
         assert_eq!(code, StatusCode::OK);
         let expected = json!({
             "status": "healthy",
@@ -74,6 +76,7 @@ mod tests {
                 "hlsEncryption": "operational", "keyRotation": "operational", "cdnSync": "disabled"
             },
             "metrics": { "activeStreams": 25, "overdueRotations": 0, "healthStatus": "good" },
+            "problems": [],
         });
         assert_eq!(serde_json::to_value(body).unwrap(), expected);
     }
@@ -81,7 +84,8 @@ mod tests {
     #[test]
     fn what_is_wrong_shows() {
         let status = |engine| {
-            let (code, Json(body)) = answer(&engine);
+            let (code, Json(body)) = answer(&engine, vec!["the store is away".into()]);
+            assert_eq!(body.problems, ["the store is away"]);
             (code.as_u16(), body.status)
         };
         assert_eq!(status(EngineStatus { ready: false, ..WELL }), (503, "unhealthy"));
@@ -89,5 +93,6 @@ mod tests {
         assert_eq!(status(EngineStatus { store_up: false, ..WELL }), (200, "degraded"));
         assert_eq!(status(EngineStatus { kms_up: false, ..WELL }), (200, "degraded"));
         assert_eq!(status(EngineStatus { overdue_rotations: 2, ..WELL }), (200, "degraded"));
+        assert_eq!(status(WELL), (200, "degraded"), "whatever it is");
     }
 }

@@ -7,7 +7,7 @@ use super::auth::Caller;
 use super::extract::{AtStream, JsonBody, Page};
 use super::openapi::{BodyRefusals, ConflictRefusal, InvalidRefusal, NoStreamRefusal, Refusals};
 use super::problem::Problem;
-use super::wire::{Key, KeyList, Revocation, RevokeRequest, Rotation, RotationList, StreamPath};
+use super::wire::{DataKey, Key, KeyList, Revocation, RevokeRequest, Rotation, RotationList, StreamPath};
 use super::{Control, to_its_end};
 use crate::keys::Ordinal;
 
@@ -75,6 +75,25 @@ pub(super) async fn rotate(
     let stream = id.clone();
     let rotation = to_its_end(async move { operator.rotate(&id, &actor).await }).await?;
     Ok(Json(Rotation::of(&stream, rotation)))
+}
+
+/// Rotate a stream's data encryption key
+///
+/// Content keys that are made from now on are wrapped under a new data encryption key, which the KMS wraps. Those that are
+/// there keep theirs, and go on being served; when none of them is left, the old one is shredded.
+#[utoipa::path(post, path = "/api/hls/streams/{streamId}/rotate-dek", operation_id = "rotateDek",
+    tag = "keys", params(StreamPath),
+    responses((status = 200, description = "The new data encryption key.", body = DataKey),
+        Refusals, NoStreamRefusal, ConflictRefusal, InvalidRefusal))]
+pub(super) async fn rotate_dek(
+    State(control): State<Control>,
+    Caller(actor): Caller,
+    AtStream(id): AtStream,
+) -> Result<Json<DataKey>, Problem> {
+    let operator = control.operator.get()?;
+    let stream = id.clone();
+    let renewed = to_its_end(async move { operator.rotate_dek(&id, &actor).await }).await?;
+    Ok(Json(DataKey::of(&stream, renewed)))
 }
 
 /// Take keys back

@@ -98,6 +98,7 @@ fn guarded() -> OpenApiRouter<Control> {
         .routes(routes!(keys::list))
         .routes(routes!(keys::rotations))
         .routes(routes!(keys::rotate))
+        .routes(routes!(keys::rotate_dek))
         .routes(routes!(keys::emergency_revoke))
         .routes(routes!(kms::status))
         .routes(routes!(kms::rewrap, kms::rewrapping))

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::StreamSpec;
 use super::compare::differing_field;
 use super::stream::Stream;
+use super::supply::Versions;
 use super::worker::{Core, LOAD_AT_ONCE, WorkerError};
 use crate::fault;
 use crate::keys::StreamId;
@@ -74,7 +75,14 @@ impl Core {
             let directory = self.shared.directory.read();
             ids.iter().filter_map(|id| directory.get(id).cloned()).collect()
         };
-        let (drafts, mut failed) = self.draft_deks(&streams).await?;
+        // One that could not be read may have a key that does not unwrap, and must not get another for that.
+        let is_without = |stream: &&Arc<Stream>| {
+            let known = stream.known.read();
+            known.is_read() && known.deks.is_empty()
+        };
+        let without = streams.iter().filter(is_without);
+        let without: Versions = without.map(|stream| (stream.id.clone(), 0)).collect();
+        let (drafts, mut failed) = self.draft_deks(&without).await?;
         if !drafts.is_empty() {
             let changing = all_changing(&streams).await;
             let are_ours = self.store_deks(&streams, drafts).await?;
@@ -83,10 +91,14 @@ impl Core {
                 failed.get_or_insert(error);
             }
         }
+        // That of a stream which another node has begun, too.
+        for stream in streams.iter().filter(|stream| stream.known.read().is_without_keys()) {
+            self.newest_dek(stream).await;
+        }
         let _changing = all_changing(&streams).await;
         let is_new = |stream: &&Arc<Stream>| {
             let known = stream.known.read();
-            known.is_read() && known.marks().is_none() && !known.deks.is_empty()
+            known.is_without_keys()
         };
         let new: Vec<_> = streams.iter().filter(is_new).cloned().collect();
         self.sweep_now(&new).await?;
@@ -95,7 +107,7 @@ impl Core {
 }
 
 /// Nobody else changes these streams meanwhile. All who hold several take them in this order.
-async fn all_changing(streams: &[Arc<Stream>]) -> Vec<tokio::sync::MutexGuard<'_, ()>> {
+pub(super) async fn all_changing(streams: &[Arc<Stream>]) -> Vec<tokio::sync::MutexGuard<'_, ()>> {
     let mut changing = Vec::with_capacity(streams.len());
     for stream in streams {
         changing.push(stream.changing.lock().await);

@@ -2,12 +2,13 @@
 //!
 //! While the store is away, a rendition goes on under the keys that are in memory: what the count asks for is
 //! arithmetic, so every node that is cut off decides the same, and it is stored when the store is back. All else
-//! waits for the store (docs/design/009). One that is too busy is done without in the same way, and not taken for away.
+//! waits for the store (docs/design/009). While the KMS is away and no key is left, the last one goes on (`keys::plan`). One that is too busy is done without in the same way, and not taken for away.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use super::deks::InHand;
 use super::stream::{Call, MAX_RENDITIONS, Rendition, Shown, Stream};
 use super::worker::{Core, WorkerError};
 use super::{ATTEMPTS, EngineError, Extend, RESET_INTERVAL};
@@ -18,11 +19,16 @@ use crate::store::{BoundaryRow, RenditionRow};
 impl Core {
     pub(super) async fn answer(&self, extend: Extend) {
         let Extend { stream, rendition, shown, reply, _place } = extend;
+        // Before anything is held: the KMS may be asked.
+        let hand = match self.calls_for_new_keys(&stream, &rendition, &shown) {
+            true => self.newest_dek(&stream).await,
+            false => InHand::new(),
+        };
         let extended = {
             let _changing = stream.changing.lock().await;
             // Taken last: whoever has a turn waits for the store alone. Nobody closes it.
             let _turn = self.turns.acquire().await;
-            let extended = self.extend(&stream, &rendition, &shown).await;
+            let extended = self.extend(&stream, &rendition, &shown, &hand).await;
             stream.settle(&rendition);
             extended
         };
@@ -35,11 +41,26 @@ impl Core {
         }
     }
 
+    /// Whether a window calls for keys that are not made yet.
+    fn calls_for_new_keys(&self, stream: &Stream, rendition: &str, shown: &Shown) -> bool {
+        let Some(call) = stream.call(rendition, &shown.window, self.now()) else { return false };
+        let next = stream.known.read().next;
+        call.planned.iter().any(|(boundary, _)| boundary.ordinal >= next)
+    }
+
     /// Stores the boundaries that a window calls for, and the keys that they name before them.
-    async fn extend(&self, stream: &Arc<Stream>, rendition: &str, shown: &Shown) -> Result<(), WorkerError> {
+    async fn extend(
+        &self,
+        stream: &Arc<Stream>,
+        rendition: &str,
+        shown: &Shown,
+        hand: &InHand,
+    ) -> Result<(), WorkerError> {
         let mut refreshed = false;
         for _ in 0..ATTEMPTS {
-            let Some(call) = stream.propose(rendition, &shown.window, self.now()) else { return Ok(()) };
+            let can_make = self.making_dek(&stream.known.read(), hand).is_some();
+            let call = stream.propose(rendition, &shown.window, self.now(), can_make);
+            let Some(call) = call else { return Ok(()) };
             let Some(&(highest, reason)) = call.planned.last() else { return Ok(()) };
             self.refuse(stream, rendition, &call)?;
             if self.is_store_away() {
@@ -52,7 +73,7 @@ impl Core {
                 refreshed = true;
                 continue;
             }
-            match self.store_boundaries(stream, rendition, shown, &call).await {
+            match self.store_boundaries(stream, rendition, shown, &call, hand).await {
                 Ok(true) => {
                     fault::point("extend: boundaries known, none promoted");
                     match self.promote(stream, highest.ordinal, reason).await {
@@ -105,9 +126,10 @@ impl Core {
         rendition: &str,
         shown: &Shown,
         call: &Call,
+        hand: &InHand,
     ) -> Result<bool, WorkerError> {
         let Some((highest, _)) = call.planned.last() else { return Ok(true) };
-        self.make_keys_up_to(stream, highest.ordinal).await?;
+        self.make_keys_up_to(stream, highest.ordinal, hand).await?;
         fault::point("extend: keys there, no boundaries");
         let unstored = self.unstored_rows(stream, rendition);
         let edge = Edge { first: shown.window.first, end: shown.window.end };

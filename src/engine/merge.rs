@@ -1,26 +1,30 @@
 //! Taking in what the store has: unwrapping keys, and putting what other nodes did to what this one knows.
 //!
 //! Keys only go forward in their lives and schedules only grow, so taking the same in twice, or an older state
-//! after a newer one, changes nothing.
+//! after a newer one, changes nothing. A key that cannot be opened keeps nothing else from being taken in: that another
+//! one was revoked must be heard while the KMS is away.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering as Atomic;
 
-use super::deks::Unwrapped;
+use super::deks::InHand;
 use super::live::{ClearInitSigner, LiveKey, Revoked};
 use super::stream::{Dek, Known, KnownKey, Rendition, Stream, UNREAD};
 use super::worker::{Core, WorkerError};
-use crate::keys::{ContentSecrets, Context, KeyState, Ordinal, Schedule, Timestamp, open};
-use crate::store::{BoundaryRow, KeyRow, StoredStream, StreamRow, StreamState};
+use crate::keys::{
+    ContentSecrets, Context, DataEncryptionKey, DekId, KeyState, Ordinal, Schedule, Timestamp, open,
+};
+use crate::store::{BoundaryRow, DekRow, KeyRow, StoredStream, StreamRow, StreamState};
 
 impl Core {
     /// Takes a stream in as the store has it; one that is new becomes known, one that was deleted is forgotten.
-    /// `unwrapped`: its DEKs, as far as they are not known.
+    /// `hand`: its DEKs, as far as [`Self::missing`] asks for them.
     ///
     /// # Errors
-    /// A DEK or a key that does not unwrap. What was taken in before it stays.
-    pub(super) fn take_in(&self, stored: &StoredStream, unwrapped: &Unwrapped) -> Result<(), WorkerError> {
+    /// The first DEK or key that does not unwrap. All else is taken in; the stream keeps its revision, so that it is
+    /// read again.
+    pub(super) fn take_in(&self, stored: &StoredStream, hand: &InHand) -> Result<(), WorkerError> {
         let id = &stored.stream.id;
         let known = self.shared.directory.read().get(id).cloned();
         if stored.stream.state == StreamState::Deleted {
@@ -29,8 +33,7 @@ impl Core {
         }
         let known = known.filter(|stream| stream.known.read().row.incarnation == stored.stream.incarnation);
         if let Some(stream) = known {
-            self.take_deks(&stream, stored, unwrapped)?;
-            return self.merge(&stream, stored);
+            return self.merge(&stream, stored, hand);
         }
         // Known before its keys are, and in place of what it was before: nothing of it may be passed through, even
         // if it cannot be read. Until it is, it has a revision that the store never has.
@@ -43,8 +46,7 @@ impl Core {
             self.drop_stream(&before);
         }
         self.note_streams();
-        self.take_deks(&stream, stored, unwrapped)?;
-        self.merge(&stream, stored)
+        self.merge(&stream, stored, hand)
     }
 
     /// Warns of a stream whose key changes this node may hear of too late. It is no error: one node may be all there is.
@@ -73,7 +75,10 @@ impl Core {
         let mut keys = self.shared.keys.write();
         known.keys.values().for_each(|key| drop(keys.remove(&key.live.id)));
         let mut signers = self.shared.clear_inits.write();
-        known.deks.values().for_each(|dek| drop(signers.remove(&dek.id)));
+        for dek in known.deks.values() {
+            signers.remove(&dek.row.id);
+            self.deks.let_go(dek.row.id);
+        }
     }
 
     fn note_streams(&self) {
@@ -81,58 +86,83 @@ impl Core {
         self.shared.metrics.streams.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
-    fn take_deks(
-        &self,
-        stream: &Stream,
-        stored: &StoredStream,
-        unwrapped: &Unwrapped,
-    ) -> Result<(), WorkerError> {
+    /// Takes the stream's DEKs in, but for those that are not to be had.
+    fn take_deks(&self, stream: &Stream, stored: &StoredStream, hand: &InHand) -> Result<(), WorkerError> {
+        let mut failed = None;
         for row in &stored.deks {
             if stream.known.read().deks.contains_key(&row.version) {
+                // Under another KEK, perhaps.
+                if let Some(dek) = stream.known.write().deks.get_mut(&row.version) {
+                    dek.row = row.clone();
+                }
                 continue;
             }
-            let unwrapped = unwrapped.get(&row.id).cloned();
-            let key =
-                unwrapped.ok_or_else(|| WorkerError::NotUnwrapped { stream: stream.id.to_string() })??;
-            self.know_dek(stream, Dek { id: row.id, version: row.version, key });
+            match self.dek_in(stream, hand, row.id) {
+                Ok(key) => self.know_dek(stream, row.clone(), &key),
+                Err(error) => drop(failed.get_or_insert(error)),
+            }
         }
-        Ok(())
+        failed.map_or(Ok(()), Err)
     }
 
-    pub(super) fn know_dek(&self, stream: &Stream, dek: Dek) {
+    /// A DEK that is in hand, or unwrapped.
+    fn dek_in(&self, stream: &Stream, hand: &InHand, id: DekId) -> Result<DataEncryptionKey, WorkerError> {
+        match hand.get(&id) {
+            Some(key) => Ok(key.clone()?),
+            None => {
+                let not_unwrapped = || WorkerError::NotUnwrapped { stream: stream.id.to_string() };
+                self.deks.held(id).ok_or_else(not_unwrapped)
+            }
+        }
+    }
+
+    pub(super) fn know_dek(&self, stream: &Stream, row: DekRow, key: &DataEncryptionKey) {
         let signer = Arc::new(ClearInitSigner {
             stream: stream.id.clone(),
-            dek: dek.id,
-            link: dek.key.clear_init_link_key(),
+            dek: row.id,
+            link: key.clear_init_link_key(),
             serving: Arc::clone(&stream.serving),
         });
-        self.shared.clear_inits.write().insert(dek.id, Arc::clone(&signer));
-        let mut known = stream.known.write();
-        if known.deks.last_key_value().is_none_or(|(version, _)| *version < dek.version) {
-            known.clear_init = Some(signer);
-        }
-        known.deks.insert(dek.version, dek);
+        self.shared.clear_inits.write().insert(row.id, Arc::clone(&signer));
+        stream.known.write().deks.insert(row.version, Dek { row, signer });
     }
 
-    fn merge(&self, stream: &Stream, stored: &StoredStream) -> Result<(), WorkerError> {
+    /// Drops a DEK: it is shredded.
+    pub(super) fn drop_dek(&self, known: &mut Known, id: DekId) {
+        known.deks.retain(|_, dek| dek.row.id != id);
+        self.shared.clear_inits.write().remove(&id);
+        self.deks.let_go(id);
+    }
+
+    fn merge(&self, stream: &Stream, stored: &StoredStream, hand: &InHand) -> Result<(), WorkerError> {
         let is_current = stored.stream.rev >= stream.known.read().row.rev;
+        let mut failed = self.take_deks(stream, stored, hand).err();
         for row in &stored.keys {
             // What an older state of the store still has, and this node has not, was destroyed since.
-            let is_past = |known: &Known| row.ordinal < known.next && !known.keys.contains_key(&row.ordinal);
-            if is_current || !is_past(&stream.known.read()) {
-                self.take_key(stream, row)?;
+            let is_past = |known: &Known| row.ordinal < known.next && !known.is_there(row.ordinal);
+            if (is_current || !is_past(&stream.known.read()))
+                && let Err(error) = self.take_key(stream, row, hand)
+            {
+                failed.get_or_insert(error);
             }
         }
         let mut known = stream.known.write();
         known.next = known.next.max(stored.next_ordinal);
         if is_current {
             stream.serving.store(stored.stream.state == StreamState::Running, Atomic::Release);
-            known.row = stored.stream.clone();
+            let rev = if failed.is_none() { stored.stream.rev } else { known.row.rev };
+            known.row = StreamRow { rev, ..stored.stream.clone() };
             let is_kept =
                 |ordinal: &Ordinal| stored.keys.binary_search_by_key(ordinal, |k| k.ordinal).is_ok();
             let gone: Vec<_> = known.keys.keys().copied().filter(|ordinal| !is_kept(ordinal)).collect();
             for ordinal in gone {
                 self.drop_key(&mut known, ordinal);
+            }
+            known.unopened.retain(is_kept);
+            let is_shredded = |dek: &&Dek| stored.deks.iter().all(|row| row.id != dek.row.id);
+            let shredded: Vec<_> = known.deks.values().filter(is_shredded).map(|dek| dek.row.id).collect();
+            for id in shredded {
+                self.drop_dek(&mut known, id);
             }
         }
         known.take_schedules(&stored.boundaries, is_current);
@@ -141,11 +171,14 @@ impl Core {
                 own.hear(row);
             }
         }
-        Ok(())
+        failed.map_or(Ok(()), Err)
     }
 
     /// Takes a key in, or what has become of it.
-    pub(super) fn take_key(&self, stream: &Stream, row: &KeyRow) -> Result<(), WorkerError> {
+    ///
+    /// # Errors
+    /// A key that does not open: it is known to be there.
+    pub(super) fn take_key(&self, stream: &Stream, row: &KeyRow, hand: &InHand) -> Result<(), WorkerError> {
         if row.life.state == KeyState::Destroyed {
             let mut known = stream.known.write();
             known.next = known.next.max(row.ordinal.next());
@@ -154,11 +187,22 @@ impl Core {
         }
         let is_known = stream.known.read().keys.contains_key(&row.ordinal);
         if !is_known {
-            let live = Arc::new(unwrap_key(stream, row)?);
+            let opened = self.open_key(stream, row, hand);
             let mut known = stream.known.write();
             known.next = known.next.max(row.ordinal.next());
-            known.keys.insert(row.ordinal, KnownKey { life: row.life.clone(), live: Arc::clone(&live) });
-            self.shared.keys.write().insert(row.id, live);
+            match opened {
+                Ok(live) => {
+                    let live = Arc::new(live);
+                    known.unopened.remove(&row.ordinal);
+                    let key = KnownKey { life: row.life.clone(), dek: row.dek, live: Arc::clone(&live) };
+                    known.keys.insert(row.ordinal, key);
+                    self.shared.keys.write().insert(row.id, live);
+                }
+                Err(error) => {
+                    known.unopened.insert(row.ordinal);
+                    return Err(error);
+                }
+            }
         }
         let mut known = stream.known.write();
         if let Some(key) = known.keys.get_mut(&row.ordinal) {
@@ -175,14 +219,39 @@ impl Core {
         Ok(())
     }
 
+    fn open_key(&self, stream: &Stream, row: &KeyRow, hand: &InHand) -> Result<LiveKey, WorkerError> {
+        let name = || stream.id.to_string();
+        let version = stream.known.read().dek_of(row.dek).map(|dek| dek.row.version);
+        let version = match (version, hand.get(&row.dek)) {
+            (Some(version), _) => version,
+            // Its DEK is stored, and could not be had.
+            (None, Some(Err(error))) => return Err(error.clone().into()),
+            (None, _) => return Err(WorkerError::NoDek { stream: name() }),
+        };
+        let dek = self.dek_in(stream, hand, row.dek)?;
+        let context = Context::Content { stream: &stream.id, key: row.id, ordinal: row.ordinal, version };
+        let plaintext = open(dek.expose(), &context, &row.wrapped).map_err(|source| WorkerError::Unwrap {
+            stream: name(),
+            key: row.id,
+            source,
+        })?;
+        let secrets = ContentSecrets::from_plaintext(row.method, &plaintext)
+            .map_err(|source| WorkerError::Secret { stream: name(), key: row.id, source })?;
+        let last_named_at = row.life.last_named_at.unwrap_or(row.life.created_at);
+        Ok(LiveKey::new(&stream.id, row, secrets, Arc::clone(&stream.serving), last_named_at))
+    }
+
     /// Drops a key's secrets: it is destroyed.
     pub(super) fn drop_key(&self, known: &mut Known, ordinal: Ordinal) {
         if let Some(key) = known.keys.remove(&ordinal) {
             key.live.destroy();
             self.shared.keys.write().remove(&key.live.id);
         }
-        let Known { keys, next, renditions, .. } = known;
-        let is_gone = |ordinal: Ordinal| ordinal < *next && !keys.contains_key(&ordinal);
+        known.unopened.remove(&ordinal);
+        let Known { keys, unopened, next, renditions, .. } = known;
+        let is_gone = |ordinal: Ordinal| {
+            ordinal < *next && !keys.contains_key(&ordinal) && !unopened.contains(&ordinal)
+        };
         for rendition in renditions.values_mut() {
             if rendition.schedule.boundaries().first().is_some_and(|first| is_gone(first.ordinal)) {
                 rendition.schedule = Arc::new(rendition.schedule.without(is_gone));
@@ -239,24 +308,6 @@ impl Known {
         own.schedule = Arc::new(theirs.extended(more));
         own.stored = stored;
     }
-}
-
-fn unwrap_key(stream: &Stream, row: &KeyRow) -> Result<LiveKey, WorkerError> {
-    let known = stream.known.read();
-    let name = || stream.id.to_string();
-    let dek = known.deks.values().find(|dek| dek.id == row.dek);
-    let dek = dek.ok_or_else(|| WorkerError::NoDek { stream: name() })?;
-    let context =
-        Context::Content { stream: &stream.id, key: row.id, ordinal: row.ordinal, version: dek.version };
-    let plaintext = open(dek.key.expose(), &context, &row.wrapped).map_err(|source| WorkerError::Unwrap {
-        stream: name(),
-        key: row.id,
-        source,
-    })?;
-    let secrets = ContentSecrets::from_plaintext(row.method, &plaintext)
-        .map_err(|source| WorkerError::Secret { stream: name(), key: row.id, source })?;
-    let last_named_at = row.life.last_named_at.unwrap_or(row.life.created_at);
-    Ok(LiveKey::new(&stream.id, row, secrets, Arc::clone(&stream.serving), last_named_at))
 }
 
 #[cfg(test)]

@@ -18,12 +18,16 @@ mod make;
 mod merge;
 mod operate;
 mod operator;
+mod renew;
 mod rewrap;
 mod stream;
+mod supply;
 mod sweeps;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod troubles;
+mod unwrapped;
 mod worker;
 
 use std::collections::HashMap;
@@ -34,19 +38,22 @@ use parking_lot::RwLock;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot, watch};
 
+pub use deks::DekRules;
 use directory::Directory;
 pub use held::{HeldStatus, KeyUse, KmsStatus};
 pub use live::{ClearInitSigner, LiveKey, Revoked};
 pub use operate::Operator;
 pub use operator::{
-    Erased, Initialized, KeyInfo, ManualRotation, OperatorError, PolicyChange, Revocation, StreamChange,
-    StreamInfo, StreamSpec, StreamState,
+    Erased, Initialized, KeyInfo, ManualRotation, OperatorError, PolicyChange, RenewedDek, Revocation,
+    StreamChange, StreamInfo, StreamSpec, StreamState,
 };
 pub use rewrap::{Rewrap, RewrapFailure, RewrapState, Rewrapping};
 use stream::NotYet;
 pub use stream::{Published, PublishedKey, Shown, Stream};
+use troubles::Troubles;
 pub use worker::{Fleet, Parting, Worker, WorkerError};
 
+use crate::alert::Alerts;
 use crate::clock::Clock;
 use crate::keys::{DekId, KeyId, Ordinal, StreamId, Timestamp};
 use crate::telemetry::Metrics;
@@ -128,6 +135,8 @@ struct Shared {
     keys: RwLock<HashMap<KeyId, Arc<LiveKey>>>,
     clear_inits: RwLock<HashMap<DekId, Arc<ClearInitSigner>>>,
     status: RwLock<EngineStatus>,
+    troubles: Troubles,
+    alerts: Alerts,
     /// When this node last swept, or heard from the store that another may be sweeping.
     alive_at: RwLock<Timestamp>,
     rotations: broadcast::Sender<Rotation>,
@@ -163,6 +172,8 @@ impl Engine {
             keys: RwLock::default(),
             clear_inits: RwLock::default(),
             status: RwLock::new(status),
+            troubles: Troubles::default(),
+            alerts: Alerts::new(metrics.clone()),
             alive_at: RwLock::new(clock.now()),
             rotations: broadcast::channel(ROTATIONS_KEPT).0,
             news: Newsstand {
@@ -268,6 +279,16 @@ impl Engine {
             streams: self.shared.directory.read().len(),
             ..status
         }
+    }
+
+    /// What is wrong, each in a sentence for whoever runs the shield; empty when all is well.
+    pub fn problems(&self) -> Vec<String> {
+        self.shared.troubles.in_words(&self.status())
+    }
+
+    /// What an operator should be woken for.
+    pub fn alerts(&self) -> Alerts {
+        self.shared.alerts.clone()
     }
 
     /// Hears of every rotation from now on.

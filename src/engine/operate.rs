@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::compare::{differing_field, differing_request};
+use super::deks::InHand;
 use super::operator::{
     Erased, Initialized, KeyInfo, ManualRotation, OperatorError, PolicyChange, Revocation, StreamChange,
     StreamInfo, StreamSpec, StreamState,
@@ -43,7 +44,7 @@ impl From<StoreError> for OperatorError {
 
 impl OperatorError {
     /// Of a change that failed: it may be stored all the same.
-    fn of_change(error: impl Into<WorkerError>) -> Self {
+    pub(super) fn of_change(error: impl Into<WorkerError>) -> Self {
         match error.into() {
             WorkerError::Store(error) | WorkerError::Unanswered(error) if error.may_be_stored() => {
                 OperatorError::Unknown(error.to_string())
@@ -262,13 +263,14 @@ impl Operator {
     pub async fn rotate(&self, id: &StreamId, actor: &str) -> Result<ManualRotation, OperatorError> {
         let core = &self.core;
         let stream = core.running(id).await?;
+        let hand = core.newest_dek(&stream).await;
         let _changing = stream.changing.lock().await;
         for _ in 0..ATTEMPTS {
             core.refresh(&stream).await?;
             let (previous, next) = {
                 let known = stream.known.read();
                 let head = known.marks().ok_or(OperatorError::NotReady)?.head;
-                (known.info_of(head), known.facts().after(head))
+                (known.info_of(head), known.facts(true).after(head))
             };
             let promote = WriteOp::Promote {
                 upto: next,
@@ -276,7 +278,8 @@ impl Operator {
                 actor: Some(actor.to_owned()),
                 at: core.now(),
             };
-            if core.write(&stream, next, vec![promote]).await?.first().is_some_and(|count| *count > 0) {
+            if core.write(&stream, next, vec![promote], &hand).await?.first().is_some_and(|count| *count > 0)
+            {
                 let key = stream.known.read().info_of(next).ok_or_else(not_known)?;
                 return Ok(ManualRotation { key, previous });
             }
@@ -298,6 +301,7 @@ impl Operator {
     ) -> Result<Revocation, OperatorError> {
         let core = &self.core;
         let stream = core.known_stream(id).await?;
+        let hand = core.newest_dek(&stream).await;
         let _changing = stream.changing.lock().await;
         for _ in 0..ATTEMPTS {
             core.refresh(&stream).await?;
@@ -310,7 +314,7 @@ impl Operator {
                 let ordinals = known.to_revoke(id, key)?;
                 let head = known.marks().ok_or(OperatorError::NotReady)?.head;
                 let highest = ordinals.iter().copied().fold(head, Ordinal::max);
-                (ordinals.clone(), known.facts().after(highest), known.transition(&ordinals))
+                (ordinals.clone(), known.facts(true).after(highest), known.transition(&ordinals))
             };
             let promote = WriteOp::Promote {
                 upto: successor,
@@ -329,7 +333,7 @@ impl Operator {
             // Revoked first: a key that waits before the successor must not be promoted with it. Forced last:
             // another node may have promoted it by count meanwhile.
             let ops = vec![revoke, promote, WriteOp::Force { ordinal: successor }];
-            if core.write(&stream, successor, ops).await?.first().is_none_or(|count| *count == 0) {
+            if core.write(&stream, successor, ops, &hand).await?.first().is_none_or(|count| *count == 0) {
                 continue;
             }
             let known = stream.known.read();
@@ -383,7 +387,7 @@ impl Core {
         Ok(stream)
     }
 
-    async fn running(&self, id: &StreamId) -> Result<Arc<Stream>, OperatorError> {
+    pub(super) async fn running(&self, id: &StreamId) -> Result<Arc<Stream>, OperatorError> {
         let stream = self.known_stream(id).await?;
         if !stream.is_running() {
             return Err(OperatorError::Stopped(id.clone()));
@@ -415,20 +419,26 @@ impl Core {
         Ok(true)
     }
 
-    /// Stores writes with the keys that they need and as many as are to wait, in one transaction. Returns how many
-    /// keys each write changed.
+    /// Stores writes with the keys that they need and, where keys can be made, as many as are to wait, in one
+    /// transaction. Returns how many keys each write changed.
     async fn write(
         &self,
         stream: &Arc<Stream>,
         highest: Ordinal,
         ops: Vec<WriteOp>,
+        hand: &InHand,
     ) -> Result<Vec<u64>, OperatorError> {
         let drafts = {
             let known = stream.known.read();
-            let wanted = Ordinal(highest.0.saturating_add(known.row.policy.pre_generate_keys));
-            self.draft_keys(&known, wanted)?
+            let wanted = match self.making_dek(&known, hand) {
+                Some(_) => Ordinal(highest.0.saturating_add(known.row.policy.pre_generate_keys)),
+                None => highest,
+            };
+            self.draft_keys(&known, wanted, hand)?
         };
-        let ops = std::iter::once(WriteOp::PutKeys(drafts)).chain(ops);
+        let make =
+            Some(WriteOp::PutKeys(drafts)).filter(|op| !matches!(op, WriteOp::PutKeys(d) if d.is_empty()));
+        let ops = make.into_iter().chain(ops);
         let writes: Vec<_> = ops.map(|op| Write { stream: stream.id.clone(), op }).collect();
         fault::point("operate: decided, not stored");
         let (applied, revs) = self.store.apply(&writes).await.map_err(OperatorError::of_change)?;
@@ -439,7 +449,7 @@ impl Core {
                 // Only `store_deks` stores these.
                 Applied::Dek(_) => {}
                 Applied::Keys(rows) => {
-                    let taken = rows.iter().try_for_each(|row| self.take_key(stream, row));
+                    let taken = rows.iter().try_for_each(|row| self.take_key(stream, row, hand));
                     taken.map_err(OperatorError::behind_a_change)?;
                 }
                 Applied::Changed(count) => {

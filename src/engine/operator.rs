@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::keys::{KeyId, KeyMethod, KeyState, Ordinal, Policy, StreamId, Timestamp};
+use crate::keys::{DekId, DekVersion, KeyId, KeyMethod, KeyState, Ordinal, Policy, StreamId, Timestamp};
 
 /// A stream as its operator describes it.
 #[derive(Debug, Clone, PartialEq)]
@@ -98,6 +98,17 @@ pub struct PolicyChange {
 pub struct ManualRotation {
     pub key: KeyInfo,
     pub previous: Option<KeyInfo>,
+}
+
+/// The data encryption key under which a stream's new content keys are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RenewedDek {
+    pub id: DekId,
+    /// 1, 2, 3 … in its stream.
+    pub version: DekVersion,
+    /// Which key of the KMS wraps it.
+    pub kek_id: String,
+    pub created_at: Timestamp,
 }
 
 /// What a revocation did.

@@ -3,7 +3,7 @@
 //! Read by every request, changed by the worker alone (but for what was served). The lock is held for look-ups
 //! and swaps, never across an await.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -12,11 +12,11 @@ use parking_lot::RwLock;
 
 use super::live::{ClearInitSigner, LiveKey, Serving};
 use crate::keys::{
-    Boundary, DataEncryptionKey, DekId, DekVersion, Edge, KeyFacts, KeyState, Marks, MediaSequenceNumber,
-    OnEncrypted, Ordinal, PlaylistWindow, REPORT_INTERVAL, Reason, RenditionFacts, Schedule, Situation,
-    StreamFacts, StreamId, Subtitles, Timestamp, plan,
+    Boundary, DekId, DekVersion, Edge, KeyFacts, KeyState, Marks, MediaSequenceNumber, OnEncrypted, Ordinal,
+    PlaylistWindow, REPORT_INTERVAL, Reason, RenditionFacts, Schedule, Situation, StreamFacts, StreamId,
+    Subtitles, Timestamp, plan,
 };
-use crate::store::{KeyLife, RenditionRow, StreamRow, StreamState};
+use crate::store::{DekRow, KeyLife, RenditionRow, StreamRow, StreamState};
 
 /// How many neighbours to each side are asked for a schedule to share.
 const MAX_SIBLINGS: usize = 16;
@@ -37,18 +37,18 @@ pub struct Shown {
     pub target_duration: Duration,
 }
 
-/// A stream's unwrapped DEK, by which new keys are wrapped.
+/// A stream's DEK as it is stored, and what was derived from it; the key itself is unwrapped for a time only.
 #[derive(Debug, Clone)]
 pub(super) struct Dek {
-    pub(super) id: DekId,
-    pub(super) version: DekVersion,
-    pub(super) key: DataEncryptionKey,
+    pub(super) row: DekRow,
+    pub(super) signer: Arc<ClearInitSigner>,
 }
 
 /// A key and its way through its states.
 #[derive(Debug, Clone)]
 pub(super) struct KnownKey {
     pub(super) life: KeyLife,
+    pub(super) dek: DekId,
     pub(super) live: Arc<LiveKey>,
 }
 
@@ -99,16 +99,18 @@ pub(super) struct Known {
     pub(super) row: StreamRow,
     /// Those that are not destroyed.
     pub(super) keys: BTreeMap<Ordinal, KnownKey>,
+    /// Of these, those that could not be opened yet, and are not among `keys` so long.
+    pub(super) unopened: BTreeSet<Ordinal>,
     /// One past the highest ordinal that was ever made.
     pub(super) next: Ordinal,
     /// The newest one wraps.
     pub(super) deks: BTreeMap<DekVersion, Dek>,
-    pub(super) clear_init: Option<Arc<ClearInitSigner>>,
     pub(super) renditions: BTreeMap<String, Rendition>,
 }
 
 impl Known {
-    fn call(&self, rendition: &str, window: &PlaylistWindow, now: Timestamp) -> Option<Call> {
+    /// `can_make`: keys that are not there can be made.
+    fn call(&self, rendition: &str, window: &PlaylistWindow, now: Timestamp, can_make: bool) -> Option<Call> {
         let empty = Schedule::default();
         let own = self.renditions.get(rendition);
         let schedule = own.map_or(&empty, |own| &own.schedule);
@@ -123,6 +125,7 @@ impl Known {
                 siblings: &siblings,
                 state_of: &|ordinal| self.state_of(ordinal),
                 is_idle: own.is_some_and(|own| own.facts().is_idle(&self.row.policy, now)),
+                unmade: Some(self.next).filter(|_| !can_make),
             },
         );
         let pending = own.and_then(|own| own.pending);
@@ -130,12 +133,18 @@ impl Known {
         Some(Call { planned, have: schedule.len(), must_wait, is_asked: pending.is_some() })
     }
 
-    /// `None` for a key that is still to be made.
+    /// `None` for a key that is still to be made, or opened.
     pub(super) fn state_of(&self, ordinal: Ordinal) -> Option<KeyState> {
         match self.keys.get(&ordinal) {
             Some(key) => Some(key.life.state),
+            None if self.unopened.contains(&ordinal) => None,
             None => (ordinal < self.next).then_some(KeyState::Destroyed),
         }
+    }
+
+    /// Whether a key is there, opened or not.
+    pub(super) fn is_there(&self, ordinal: Ordinal) -> bool {
+        self.keys.contains_key(&ordinal) || self.unopened.contains(&ordinal)
     }
 
     /// The key that takes a revoked one's place, and is not revoked itself.
@@ -165,6 +174,11 @@ impl Known {
         self.row.rev != UNREAD
     }
 
+    /// Whether it could have its first keys now.
+    pub(super) fn is_without_keys(&self) -> bool {
+        self.is_read() && self.marks().is_none() && !self.deks.is_empty()
+    }
+
     pub(super) fn marks(&self) -> Option<Marks> {
         if !self.is_read() {
             return None;
@@ -191,8 +205,34 @@ impl Known {
         self.deks.values().next_back()
     }
 
+    pub(super) fn dek_of(&self, id: DekId) -> Option<&Dek> {
+        self.deks.values().find(|dek| dek.row.id == id)
+    }
+
+    /// DEKs that wrap no key any more, and will wrap none.
+    pub(super) fn spent_deks(&self) -> impl Iterator<Item = &Dek> {
+        let older = self.deks.len().saturating_sub(1);
+        // With keys that are not opened, it is not known what is wrapped by which.
+        let older = if self.unopened.is_empty() { older } else { 0 };
+        let is_spent = |dek: &&Dek| self.keys.values().all(|key| key.dek != dek.row.id);
+        self.deks.values().take(older).filter(is_spent)
+    }
+
+    /// Keys that wait for their promotion behind the newest.
+    pub(super) fn waiting(&self) -> usize {
+        let states = self.keys.values().rev().map(|key| key.life.state);
+        states.take_while(|state| *state == KeyState::PreActive).count()
+    }
+
+    /// Who signs links of clear init sections in a playlist whose first segment is under an ordinal: so a link changes
+    /// with the window alone, on every node alike, and holds for as long as the playlist's keys do.
+    fn clear_init(&self, first: Option<Ordinal>) -> Option<Arc<ClearInitSigner>> {
+        let of_first = first.and_then(|first| self.dek_of(self.keys.get(&first)?.dek));
+        of_first.or_else(|| self.dek()).map(|dek| Arc::clone(&dek.signer))
+    }
+
     /// The stream as a sweep sees it.
-    pub(super) fn facts(&self) -> StreamFacts {
+    pub(super) fn facts(&self, can_make: bool) -> StreamFacts {
         let keys = self.keys.iter().map(|(ordinal, key)| KeyFacts {
             ordinal: *ordinal,
             state: key.life.state,
@@ -204,7 +244,7 @@ impl Known {
         });
         let renditions = self.renditions.values().map(Rendition::facts).collect();
         let scheduled = self.renditions.values().filter_map(|r| r.schedule.last()).map(|b| b.ordinal).max();
-        StreamFacts { keys: keys.collect(), next: self.next, renditions, scheduled }
+        StreamFacts { keys: keys.collect(), next: self.next, renditions, scheduled, can_make }
     }
 }
 
@@ -262,8 +302,8 @@ impl Stream {
                 row,
                 keys: BTreeMap::new(),
                 next: Ordinal::FIRST,
+                unopened: BTreeSet::new(),
                 deks: BTreeMap::new(),
-                clear_init: None,
                 renditions: BTreeMap::new(),
             }),
             changing: Arc::default(),
@@ -307,13 +347,19 @@ impl Stream {
 
     /// What a window calls for; `None` while no key is loaded.
     pub(super) fn call(&self, rendition: &str, window: &PlaylistWindow, now: Timestamp) -> Option<Call> {
-        self.known.read().call(rendition, window, now)
+        self.known.read().call(rendition, window, now, true)
     }
 
     /// As [`Self::call`], and from now on no window is published beyond the first planned boundary.
-    pub(super) fn propose(&self, rendition: &str, window: &PlaylistWindow, now: Timestamp) -> Option<Call> {
+    pub(super) fn propose(
+        &self,
+        rendition: &str,
+        window: &PlaylistWindow,
+        now: Timestamp,
+        can_make: bool,
+    ) -> Option<Call> {
         let mut known = self.known.write();
-        let call = known.call(rendition, window, now)?;
+        let call = known.call(rendition, window, now, can_make)?;
         if let Some(own) = known.renditions.get_mut(rendition) {
             own.pending = call.planned.first().map(|(boundary, _)| boundary.first);
         }
@@ -378,10 +424,11 @@ impl Known {
         keys: BTreeMap<Ordinal, PublishedKey>,
     ) -> Result<Published, NotYet> {
         let policy = &self.row.policy;
+        let first = keys.first_key_value().map(|(ordinal, _)| *ordinal);
         Ok(Published {
             schedule,
             keys,
-            clear_init: self.clear_init.clone().ok_or(NotYet::Loaded)?,
+            clear_init: self.clear_init(first).ok_or(NotYet::Loaded)?,
             encrypt_init_sections: policy.encrypt_init_sections,
             on_encrypted: policy.on_encrypted,
             subtitles: policy.subtitles,

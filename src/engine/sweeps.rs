@@ -1,11 +1,14 @@
 //! Sweeps: what `keys::sweep` decides is stored, a few hundred streams in one transaction, and then known.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Rotation;
+use super::deks::InHand;
 use super::live::Revoked;
 use super::stream::{Known, Stream};
+use super::troubles::Supply;
 use super::worker::{Core, WorkerError};
 use crate::fault;
 use crate::keys::{KeyOp, KeyState, Ordinal, REPORT_SLACK, Reason, RenditionFacts, StreamId, sweep};
@@ -75,7 +78,7 @@ impl Core {
             // One without a DEK begins by itself: a KMS that is away must not keep the others waiting.
             known.is_read()
                 && !known.deks.is_empty()
-                && !sweep(&known.facts(), &known.row.policy, self.now()).is_empty()
+                && (!self.wanted_ops(known).is_empty() || known.spent_deks().next().is_some())
         };
         if !is_due(&stream.known.read()) {
             return Ok(None);
@@ -87,10 +90,23 @@ impl Core {
         Ok(Some(due).filter(|due| !due.work.1.is_empty()))
     }
 
+    /// What a sweep of a stream comes to. Where it makes keys and the DEK is not unwrapped, that is asked for, and the
+    /// sweep does without: the next one has it, or the KMS is away.
+    fn wanted_ops(&self, known: &Known) -> Vec<KeyOp> {
+        let ops = sweep(&known.facts(true), &known.row.policy, self.now());
+        let Some(dek) = known.dek() else { return ops };
+        let makes_keys = ops.iter().any(|op| matches!(op, KeyOp::Generate { .. }));
+        if !makes_keys || self.deks.held(dek.row.id).is_some() {
+            return ops;
+        }
+        self.deks.want(&known.row.id, &dek.row);
+        sweep(&known.facts(false), &known.row.policy, self.now())
+    }
+
     /// The writes that a sweep of a stream comes to, with their reasons.
     fn writes(&self, known: &Known, may_destroy: bool) -> Result<Vec<(Write, &'static str)>, WorkerError> {
         let now = self.now();
-        let ops = sweep(&known.facts(), &known.row.policy, now);
+        let ops = self.wanted_ops(known);
         let mut writes = Vec::with_capacity(ops.len());
         let mut highest: Option<(Ordinal, &'static str)> = None;
         for op in ops {
@@ -117,12 +133,14 @@ impl Core {
             };
             writes.push((Write { stream: known.row.id.clone(), op }, reason));
         }
-        // A key is made before it is promoted. Without a DEK, that is still to come.
-        if let Some((highest, reason)) = highest
-            && known.dek().is_some()
-        {
-            let op = WriteOp::PutKeys(self.draft_keys(known, highest)?);
+        // A key is made before it is promoted.
+        if let Some((highest, reason)) = highest {
+            let op = WriteOp::PutKeys(self.draft_keys(known, highest, &InHand::new())?);
             writes.insert(0, (Write { stream: known.row.id.clone(), op }, reason));
+        }
+        for dek in known.spent_deks() {
+            let op = WriteOp::ShredDek { dek: dek.row.id };
+            writes.push((Write { stream: known.row.id.clone(), op }, "it wraps no key any more"));
         }
         Ok(writes)
     }
@@ -158,15 +176,24 @@ impl Core {
         }
         let (applied, revs) = self.store.apply(&writes).await?;
         fault::point("sweep: stored, not known");
+        let mut unread = HashSet::new();
         for ((write, (stream, reason)), applied) in writes.iter().zip(about).zip(applied) {
             match applied {
                 // Only `store_deks` stores these.
                 Applied::Dek(_) | Applied::Changed(0) => {}
-                Applied::Keys(rows) => rows.iter().try_for_each(|row| self.take_key(&stream, row))?,
+                Applied::Keys(rows) => {
+                    let take = |row| self.take_key(&stream, row, &InHand::new());
+                    if let Err(error) = rows.iter().try_for_each(take) {
+                        // Another node's, under a DEK that is still to be had: the next sync reads the stream anew.
+                        tracing::debug!(stream = %stream.id, %error, "keys are stored, and not opened yet");
+                        unread.insert(stream.id.clone());
+                    }
+                }
                 Applied::Changed(_) => self.note_write(&stream, &write.op, reason),
             }
         }
-        self.note_revs(&revs);
+        let read: Vec<_> = revs.into_iter().filter(|(id, _)| !unread.contains(id)).collect();
+        self.note_revs(&read);
         Ok(())
     }
 
@@ -224,6 +251,10 @@ impl Core {
                     tracing::warn!(stream = %id, %ordinal, key = %key.live.id, actor, reason, "key revoked");
                 }
             }
+            WriteOp::ShredDek { dek } => {
+                self.drop_dek(&mut known, *dek);
+                tracing::info!(stream = %id, %dek, reason, "data encryption key shredded");
+            }
             WriteOp::Destroy { ordinal, .. } => {
                 self.drop_key(&mut known, *ordinal);
                 tracing::info!(stream = %id, %ordinal, reason, "key destroyed");
@@ -245,12 +276,19 @@ impl Core {
     /// Looks how the streams are doing, for health and metrics.
     pub(super) fn note_health(&self, rotating: bool) {
         let now = self.now();
-        let mut overdue = 0;
+        let (mut overdue, mut supply) = (0, Supply::default());
+        supply.put_off = self.cursors.lock().retries.len();
         let mut by_state = KeyState::ALL.map(|state| (state, 0));
         for stream in self.shared.directory.read().iter().filter(|stream| stream.is_running()) {
             let known = stream.known.read();
             for key in known.keys.values() {
                 by_state[key.life.state as usize].1 += 1;
+            }
+            if known.is_read() {
+                let waiting = known.waiting();
+                supply.least = Some(supply.least.map_or(waiting, |least| least.min(waiting)));
+                let is_out_of_reach = || known.dek().is_some_and(|dek| self.deks.is_out_of_reach(dek.row.id));
+                supply.used_up += usize::from(waiting == 0 && is_out_of_reach());
             }
             let ended = |r: &RenditionFacts| r.ended;
             let is_vod = !known.renditions.is_empty() && known.renditions.values().all(|r| ended(&r.facts()));
@@ -265,8 +303,11 @@ impl Core {
             self.shared.metrics.keys.with_label_values(&[state.name()]).set(count);
         }
         self.shared.metrics.overdue_rotations.set(i64::try_from(overdue).unwrap_or(i64::MAX));
+        self.shared.troubles.note_supply(supply);
         *self.shared.alive_at.write() = now;
         let mut status = self.shared.status.write();
         *status = super::EngineStatus { rotating, overdue_rotations: overdue, ..*status };
+        drop(status);
+        self.shared.judge();
     }
 }

@@ -4,14 +4,14 @@
 //! served goes into the store every few seconds, because the node that sweeps must not let a key go that a
 //! playlist of another one still names.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tokio::time::MissedTickBehavior;
 
-use super::deks::Unwrapped;
+use super::deks::InHand;
 use super::stream::Stream;
 use super::worker::{Core, LOAD_AT_ONCE, WorkerError};
 use crate::fault;
@@ -37,12 +37,17 @@ const MAX_RETRIES: usize = 10_000;
 /// How often streams are read until all their data encryption keys are at hand.
 const READS: usize = 3;
 
-/// What became of reading streams anew.
-enum Reload {
-    /// They are taken in, but for these.
-    Done(Vec<(StreamId, WorkerError)>),
-    /// Nothing was done: these have keys that are to be unwrapped.
-    Wrapped(Vec<StoredStream>),
+/// How long a sync waits for keys to be unwrapped. What takes longer goes on by itself, so that other news need not wait
+/// for a KMS that is away.
+const SYNC_PATIENCE: Duration = Duration::from_millis(500);
+
+/// What became of reading streams anew. All others are taken in.
+#[derive(Default)]
+struct Reload {
+    /// Those that could not be taken in.
+    failed: Vec<(StreamId, WorkerError)>,
+    /// Those with which nothing was done: they have keys that are to be unwrapped.
+    wrapped: Vec<StoredStream>,
 }
 
 /// How far the store was read.
@@ -60,7 +65,11 @@ pub(super) struct Cursors {
 /// Streams that changed and could not be taken in, such as one whose data encryption key this node cannot unwrap. The
 /// store is read on without them: one that is damaged must not have all that changed since read again and again.
 #[derive(Debug, Default)]
-pub(super) struct Retries(HashMap<StreamId, Retry>);
+pub(super) struct Retries {
+    of: HashMap<StreamId, Retry>,
+    /// Those that wait for their keys to be unwrapped, and whether they changed meanwhile.
+    under_way: HashMap<StreamId, bool>,
+}
 
 #[derive(Debug, Clone, Copy)]
 struct Retry {
@@ -73,32 +82,59 @@ struct Retry {
 impl Retries {
     /// Whether a revision is one that could not be taken in, and is to be left alone for now.
     fn is_put_off(&self, id: &StreamId, rev: i64, now: Instant) -> bool {
-        self.0.get(id).is_some_and(|retry| retry.rev == rev && now < retry.at)
+        self.of.get(id).is_some_and(|retry| retry.rev == rev && now < retry.at)
     }
 
     /// Those whose time has come, with the revision of each.
     fn due(&self, now: Instant) -> Vec<(StreamId, i64)> {
-        let due = self.0.iter().filter(|(_, retry)| retry.at <= now);
+        let due = self.of.iter().filter(|(_, retry)| retry.at <= now);
         due.map(|(id, retry)| (id.clone(), retry.rev)).collect()
     }
 
     /// Notes that one could not be taken in; `false` when there is no room for it.
     fn put_off(&mut self, id: &StreamId, rev: i64, now: Instant) -> bool {
-        let before = self.0.get(id).filter(|before| before.rev == rev);
+        let before = self.of.get(id).filter(|before| before.rev == rev);
         let pause = before.map_or(RETRY_AFTER, |before| (before.pause * 2).min(RETRY_AFTER_AT_MOST));
-        if !self.0.contains_key(id) && self.0.len() >= MAX_RETRIES {
+        if !self.of.contains_key(id) && self.of.len() >= MAX_RETRIES {
             return false;
         }
-        self.0.insert(id.clone(), Retry { rev, at: now + pause, pause });
+        self.of.insert(id.clone(), Retry { rev, at: now + pause, pause });
         true
     }
 
+    /// Notes that one is being taken in by a task of its own.
+    fn take_off(&mut self, id: &StreamId) {
+        self.under_way.insert(id.clone(), false);
+    }
+
+    /// Whether one is being taken in; it is then looked at again.
+    fn is_under_way(&mut self, id: &StreamId) -> bool {
+        self.under_way.get_mut(id).map(|has_changed| *has_changed = true).is_some()
+    }
+
+    /// Notes how taking one in has ended. `false` when it is to be tried again, and there is no room for it.
+    fn land(&mut self, id: &StreamId, rev: i64, is_taken_in: bool, now: Instant) -> bool {
+        let has_changed = self.under_way.remove(id).unwrap_or_default();
+        if is_taken_in {
+            self.forget(id);
+        }
+        if has_changed {
+            self.of.insert(id.clone(), Retry { rev, at: now, pause: Duration::ZERO });
+        }
+        is_taken_in || has_changed || self.put_off(id, rev, now)
+    }
+
     fn forget(&mut self, id: &StreamId) {
-        self.0.remove(id);
+        self.of.remove(id);
     }
 
     pub(super) fn len(&self) -> usize {
-        self.0.len()
+        self.of.len()
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_waiting_for_keys(&self) -> bool {
+        !self.under_way.is_empty()
     }
 }
 
@@ -113,10 +149,10 @@ impl Core {
             let Some(last) = ids.last() else { break };
             after = last.as_str().to_owned();
             let all = self.store.load(&ids).await?;
-            let mut unwrapped = Unwrapped::new();
-            self.unwrap_missing(&all, &mut unwrapped).await;
+            let mut hand = InHand::new();
+            self.unwrap_missing(&all, &mut hand).await;
             for stored in all {
-                match self.take_in(&stored, &unwrapped) {
+                match self.take_in(&stored, &hand) {
                     Ok(()) => loaded += 1,
                     Err(error) => {
                         tracing::error!(stream = %stored.stream.id, %error, "the stream could not be loaded");
@@ -190,8 +226,12 @@ impl Core {
         }
     }
 
-    /// Takes in what changed since the last time.
-    pub(super) async fn sync(&self) -> Result<(), WorkerError> {
+    /// Takes in what changed since the last time. Streams whose keys are to be unwrapped first are waited for a moment,
+    /// and then come by themselves.
+    ///
+    /// # Errors
+    /// The first of those that could not be taken in by then; the others are.
+    pub(super) async fn sync(self: &Arc<Self>) -> Result<(), WorkerError> {
         let since = self.cursors.lock().changes;
         let changes = self.store.changes(since).await?;
         let now = Instant::now();
@@ -200,48 +240,94 @@ impl Core {
             known.is_none_or(|known| known < rev)
         };
         let changed: BTreeMap<StreamId, i64> = {
-            let retries = &self.cursors.lock().retries;
+            let retries = &mut self.cursors.lock().retries;
             let new = changes.streams.into_iter().filter(|(id, rev)| is_new(id, *rev));
             // A retry has the revision of its failure, a change the newest: it goes over that.
-            let due = retries.due(now).into_iter().chain(new);
-            due.filter(|(id, rev)| !retries.is_put_off(id, *rev, now)).collect()
+            let due: Vec<_> = retries.due(now).into_iter().chain(new).collect();
+            let may_be_read =
+                |(id, rev): &(StreamId, i64)| !retries.is_put_off(id, *rev, now) && !retries.is_under_way(id);
+            due.into_iter().filter(may_be_read).collect()
         };
         let ids: Vec<_> = changed.keys().cloned().collect();
-        let mut failed = None;
+        let (mut wrapped, mut failed) = (Vec::new(), None);
         for ids in ids.chunks(LOAD_AT_ONCE as usize) {
-            let outcomes = match self.reload_each(ids).await {
-                Ok(outcomes) => outcomes,
-                Err(error) if error.is_away() || error.is_busy() => return Err(error.into()),
-                // A row that this version cannot read; which, only reading each by itself says.
-                Err(_) => {
-                    let mut outcomes = Vec::new();
-                    for id in ids {
-                        match self.reload_each(std::slice::from_ref(id)).await {
-                            Ok(outcome) => outcomes.extend(outcome),
-                            Err(error) if error.is_away() || error.is_busy() => return Err(error.into()),
-                            Err(error) => outcomes.push((id.clone(), error.into())),
-                        }
-                    }
-                    outcomes
-                }
-            };
-            let mut cursors = self.cursors.lock();
-            let is_taken_in = |id: &&StreamId| outcomes.iter().all(|(failed, _)| failed != *id);
-            ids.iter().filter(is_taken_in).for_each(|id| cursors.retries.forget(id));
-            for (id, error) in outcomes {
-                let rev = changed.get(&id).copied().unwrap_or_default();
-                if !cursors.retries.put_off(&id, rev, now) {
-                    tracing::error!(stream = %id, "too many streams could not be taken in: this one is not tried again");
-                }
-                failed.get_or_insert(error);
-            }
+            let read = self.read_one_by_one_where_it_fails(ids).await?;
+            wrapped.extend(read.wrapped.into_iter().map(|stored| stored.stream.id));
+            let is_left = |id: &&StreamId| !wrapped.contains(*id);
+            let done = ids.iter().filter(is_left).map(|id| (id, changed[id]));
+            failed = failed.or(self.note_taken_in(done, read.failed));
         }
-        let mut cursors = self.cursors.lock();
-        self.shared.metrics.streams_put_off.set(i64::try_from(cursors.retries.len()).unwrap_or(i64::MAX));
         // Even if it is earlier than before: then the database's clock was set back, as by a failover, and what
         // changes now bears the earlier times. And whatever could not be taken in: that is tried again by itself.
-        cursors.changes = changes.next;
+        self.cursors.lock().changes = changes.next;
+        if !wrapped.is_empty() {
+            wrapped.iter().for_each(|id| self.cursors.lock().retries.take_off(id));
+            let wrapped = wrapped.into_iter().map(|id| (id.clone(), changed[&id])).collect();
+            let unwrapping = tokio::spawn(Arc::clone(self).take_in_unwrapped(wrapped));
+            if let Ok(Ok(unwrapped)) = tokio::time::timeout(SYNC_PATIENCE, unwrapping).await {
+                failed = failed.or(unwrapped);
+            }
+        }
         failed.map_or(Ok(()), Err)
+    }
+
+    /// Reads streams anew as far as they need no key unwrapped, and each by itself where a row cannot be read.
+    async fn read_one_by_one_where_it_fails(&self, ids: &[StreamId]) -> Result<Reload, StoreError> {
+        let mut hand = InHand::new();
+        match self.reload_with(ids, &mut hand).await {
+            Err(error) if !error.is_away() && !error.is_busy() => {}
+            read => return read,
+        }
+        // A row that this version cannot read; which, only reading each by itself says.
+        let mut all = Reload::default();
+        for id in ids {
+            match self.reload_with(std::slice::from_ref(id), &mut hand).await {
+                Ok(read) => {
+                    all.failed.extend(read.failed);
+                    all.wrapped.extend(read.wrapped);
+                }
+                Err(error) if error.is_away() || error.is_busy() => return Err(error),
+                Err(error) => all.failed.push((id.clone(), error.into())),
+            }
+        }
+        Ok(all)
+    }
+
+    /// Unwraps the keys of streams and takes these in. Gives the first error.
+    async fn take_in_unwrapped(self: Arc<Self>, changed: Vec<(StreamId, i64)>) -> Option<WorkerError> {
+        let mut first = None;
+        for changed in changed.chunks(LOAD_AT_ONCE as usize) {
+            let ids: Vec<_> = changed.iter().map(|(id, _)| id.clone()).collect();
+            let failed = match self.reload_each(&ids).await {
+                Ok(failed) => failed,
+                Err(error) => {
+                    let why = error.to_string();
+                    let not_read =
+                        |id: &StreamId| WorkerError::NotRead { stream: id.to_string(), why: why.clone() };
+                    ids.iter().map(|id| (id.clone(), not_read(id))).collect()
+                }
+            };
+            let done = changed.iter().map(|(id, rev)| (id, *rev));
+            first = first.or(self.note_taken_in(done, failed));
+        }
+        first
+    }
+
+    /// Notes which streams were taken in, and which are to be tried again. Gives the first error.
+    fn note_taken_in<'a>(
+        &self,
+        done: impl Iterator<Item = (&'a StreamId, i64)>,
+        failed: Vec<(StreamId, WorkerError)>,
+    ) -> Option<WorkerError> {
+        let (mut cursors, now) = (self.cursors.lock(), Instant::now());
+        for (id, rev) in done {
+            let is_taken_in = failed.iter().all(|(failed, _)| failed != id);
+            if !cursors.retries.land(id, rev, is_taken_in, now) {
+                tracing::error!(stream = %id, "too many streams could not be taken in: this one is not tried again");
+            }
+        }
+        self.shared.metrics.streams_put_off.set(i64::try_from(cursors.retries.len()).unwrap_or(i64::MAX));
+        failed.into_iter().next().map(|(_, error)| error)
     }
 
     /// Reads streams anew, known or not. `ids` are in their order.
@@ -257,21 +343,28 @@ impl Core {
         &self,
         ids: &[StreamId],
     ) -> Result<Vec<(StreamId, WorkerError)>, StoreError> {
-        let mut unwrapped = Unwrapped::new();
+        let (mut hand, mut failed, mut left) = (InHand::new(), Vec::new(), ids.to_vec());
         for _ in 0..READS {
-            match self.reload_with(ids, &unwrapped).await? {
-                Reload::Done(failed) => return Ok(failed),
-                // Now, when nothing is held.
-                Reload::Wrapped(stored) => self.unwrap_missing(&stored, &mut unwrapped).await,
+            let read = self.reload_with(&left, &mut hand).await?;
+            failed.extend(read.failed);
+            if read.wrapped.is_empty() {
+                return Ok(failed);
             }
+            // Now, when nothing is held.
+            self.unwrap_missing(&read.wrapped, &mut hand).await;
+            left = read.wrapped.into_iter().map(|stored| stored.stream.id).collect();
         }
         // Their keys change faster than they can be unwrapped.
-        let failed = |id: &StreamId| (id.clone(), WorkerError::NotUnwrapped { stream: id.to_string() });
-        Ok(ids.iter().map(failed).collect())
+        let not_unwrapped = |id: StreamId| {
+            let error = WorkerError::NotUnwrapped { stream: id.to_string() };
+            (id, error)
+        };
+        failed.extend(left.into_iter().map(not_unwrapped));
+        Ok(failed)
     }
 
-    /// Takes streams in as the store has them now, or gives them back if keys of theirs are to be unwrapped first.
-    async fn reload_with(&self, ids: &[StreamId], unwrapped: &Unwrapped) -> Result<Reload, StoreError> {
+    /// Takes streams in as the store has them now, but for those that have keys to be unwrapped first.
+    async fn reload_with(&self, ids: &[StreamId], hand: &mut InHand) -> Result<Reload, StoreError> {
         // One at a time: two must not take the same new stream in.
         let _loading = self.loading.lock().await;
         let known: Vec<_> = {
@@ -284,24 +377,30 @@ impl Core {
             changing.push(stream.changing.lock().await);
         }
         let all = self.store.load(ids).await?;
-        if !self.missing(&all, unwrapped).is_empty() {
-            return Ok(Reload::Wrapped(all));
-        }
-        let mut failed = Vec::new();
+        let missing: HashSet<_> = self.missing(&all, hand).into_iter().map(|(id, _)| id).collect();
+        let mut read = Reload::default();
         for stored in all {
-            if let Err(error) = self.take_in(&stored, unwrapped) {
+            if missing.contains(&stored.stream.id) {
+                read.wrapped.push(stored);
+            } else if let Err(error) = self.take_in(&stored, hand) {
                 tracing::error!(stream = %stored.stream.id, %error, "the stream could not be taken in");
-                failed.push((stored.stream.id.clone(), error));
+                read.failed.push((stored.stream.id.clone(), error));
             }
         }
-        Ok(Reload::Done(failed))
+        Ok(read)
     }
 
-    /// Reads a stream anew. Whoever calls it holds `changing`, so that a key of the KMS that came meanwhile is left to
-    /// the next sync.
+    /// Reads a stream anew. Whoever calls it holds `changing`, so that what the KMS would be needed for is left to the
+    /// next sync.
     pub(super) async fn refresh(&self, stream: &Stream) -> Result<(), WorkerError> {
-        for stored in self.store.load(std::slice::from_ref(&stream.id)).await? {
-            self.take_in(&stored, &Unwrapped::new())?;
+        let all = self.store.load(std::slice::from_ref(&stream.id)).await?;
+        let mut hand = InHand::new();
+        let _ = self.missing(&all, &mut hand);
+        for stored in &all {
+            match self.take_in(stored, &hand) {
+                Err(error) if !error.is_about_a_dek() => return Err(error),
+                _ => {}
+            }
         }
         Ok(())
     }

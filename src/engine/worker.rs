@@ -3,8 +3,9 @@
 //! The order of writes is what makes a crash harmless: a key is stored before a boundary names it, the
 //! boundary before a playlist shows it; a promotion that was lost in between is the next sweep's to repeat.
 //! What each task does stands in a file of its own: `extend` (schedules grow), `sweeps` (keys live and die),
-//! `sync` (nodes hear of one another), `declare` (streams of the configuration), `deks` (what the KMS
-//! is asked), `held` and `rewrap` (from one KMS to another), `merge` and `make` (keys in and out of their envelopes), `operate` (what operators ask).
+//! `sync` (nodes hear of one another), `declare` (streams of the configuration), `supply` and `deks` (what the KMS is
+//! asked for, and how), `held` and `rewrap` (from one KMS to another), `merge` and `make` (keys in and out of their
+//! envelopes), `operate` (what operators ask).
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
-use super::deks::Deks;
+use super::deks::{DekRules, Deks};
 use super::rewrap::Rewraps;
 use super::stream::{MAX_RENDITIONS, Stream};
 use super::sync::Cursors;
@@ -50,6 +51,10 @@ pub enum WorkerError {
     NotUnwrapped { stream: String },
     #[error("stream {stream}: a data encryption key that its keys need is not stored")]
     NoDek { stream: String },
+    #[error("stream {stream} could not be read: {why}")]
+    NotRead { stream: String, why: String },
+    #[error("stream {stream}: no key waits, and none can be made: {why}")]
+    NoKeyToBeHad { stream: String, why: String },
     #[error("stream {stream} has {MAX_RENDITIONS} renditions already: is every path of it a playlist?")]
     TooManyRenditions { stream: String },
     #[error(
@@ -66,6 +71,13 @@ pub enum WorkerError {
     Away { stream: String, rendition: String },
     #[error("stream {stream} cannot have the prefix {prefix:?}: stream {owner} has it")]
     PrefixTaken { stream: StreamId, prefix: String, owner: StreamId },
+}
+
+impl WorkerError {
+    /// Whether all that is wrong is that a data encryption key is not unwrapped here now.
+    pub(super) fn is_about_a_dek(&self) -> bool {
+        matches!(self, WorkerError::NotUnwrapped { .. } | WorkerError::NoDek { .. } | WorkerError::Kms(_))
+    }
 }
 
 /// How this node lives with others.
@@ -121,6 +133,7 @@ impl Worker {
         seat: WorkerSeat,
         store: Store,
         keyring: Arc<Keyring>,
+        dek_rules: DekRules,
         fleet: Fleet,
         declared: Vec<StreamSpec>,
     ) -> Result<Self, WorkerError> {
@@ -131,7 +144,7 @@ impl Worker {
             store.forget_nodes().await?;
         }
         let core = Core {
-            deks: Arc::new(Deks::new(Arc::clone(&keyring) as Arc<dyn Kms>, Arc::clone(&shared))),
+            deks: Arc::new(Deks::new(Arc::clone(&keyring) as Arc<dyn Kms>, dek_rules, Arc::clone(&shared))),
             keyring,
             rewraps: Rewraps::default(),
             shared,
@@ -175,7 +188,8 @@ impl Worker {
         Operator::new(Arc::clone(&self.core))
     }
 
-    /// One sweep of every stream, whoever holds the lease. A worker that runs sweeps by itself.
+    /// One sweep of every stream, whoever holds the lease, and then what it wants of the KMS for the next one. A worker
+    /// that runs does both by itself.
     ///
     /// # Errors
     /// What nodes served cannot be read: then it is not known which keys may go.
@@ -185,6 +199,7 @@ impl Worker {
             self.core.hear_reports().await?;
         }
         self.core.sweep_all().await;
+        self.core.unwrap_what_is_wanted().await;
         Ok(())
     }
 

@@ -72,6 +72,10 @@ enum Step {
     Delete,
     /// An operator changes the rules.
     Change(Policy),
+    /// Keys cannot be made any more, or again.
+    Kms {
+        is_up: bool,
+    },
 }
 
 fn changed_policy() -> impl Strategy<Value = Policy> {
@@ -105,6 +109,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => rendition.prop_map(|rendition| Step::End { rendition }),
         1 => Just(Step::Delete),
         1 => changed_policy().prop_map(Step::Change),
+        1 => any::<bool>().prop_map(|is_up| Step::Kms { is_up }),
     ]
 }
 
@@ -142,6 +147,7 @@ struct Model {
     next: Ordinal,
     renditions: Vec<Rendition>,
     held: Vec<Held>,
+    can_make: bool,
 }
 
 impl Model {
@@ -156,6 +162,7 @@ impl Model {
             next: Ordinal::FIRST,
             renditions: vec![channel.clone(), Rendition { first: 40, ..channel }, event, vod],
             held: Vec::new(),
+            can_make: true,
         }
     }
 
@@ -175,6 +182,7 @@ impl Model {
             next: self.next,
             renditions: self.renditions.iter().filter_map(rendition).collect(),
             scheduled: self.renditions.iter().filter_map(|r| r.schedule.last()).map(|b| b.ordinal).max(),
+            can_make: self.can_make,
         }
     }
 
@@ -292,8 +300,13 @@ impl Model {
                 siblings: &siblings,
                 state_of: &|ordinal| self.state_of(ordinal),
                 is_idle,
+                unmade: Some(self.next).filter(|_| !self.can_make),
             },
         );
+        if !self.can_make && planned.iter().any(|(boundary, _)| boundary.ordinal >= self.next) {
+            // It is refused until the KMS is back.
+            return;
+        }
         let boundaries: Vec<_> = planned.iter().map(|(boundary, _)| *boundary).collect();
         if let Some(highest) = boundaries.last() {
             self.make_up_to(highest.ordinal);
@@ -365,6 +378,9 @@ impl Model {
         let (Some(marks), false) = (self.marks(), ordinals.is_empty()) else { return };
         let highest = ordinals.iter().copied().fold(marks.head, Ordinal::max);
         let successor = self.facts().after(highest);
+        if !self.can_make && successor >= self.next {
+            return;
+        }
         self.make_up_to(successor);
         for &ordinal in ordinals {
             assert!(self.transit(ordinal, KeyState::Compromised));
@@ -409,6 +425,9 @@ impl Model {
             Step::Rotate => {
                 let Some(marks) = self.marks() else { return };
                 let next = self.facts().after(marks.head);
+                if !self.can_make && next >= self.next {
+                    return;
+                }
                 self.make_up_to(next);
                 self.promote(next, true);
             }
@@ -429,6 +448,7 @@ impl Model {
             }
             Step::Delete => self.delete(),
             Step::Change(ref policy) => self.change(policy),
+            Step::Kms { is_up } => self.can_make = is_up,
         }
     }
 

@@ -5,6 +5,10 @@
 //! `lead_segments` past the live edge, so that every node has learnt of it before it matters. Renditions whose
 //! numbering agrees share their boundaries, so a packager's whole output changes its key at one Media Sequence
 //! Number.
+//!
+//! Where the next key can neither be had nor made, because the KMS is away, the last one goes on: in periods of their
+//! own, a tenth as long, so that every node agrees on how far, and the next key is not long in coming once it can be made
+//! (docs/design/015).
 
 use super::ids::{MediaSequenceNumber, Ordinal};
 use super::lifecycle::KeyState;
@@ -25,6 +29,8 @@ pub struct Situation<'a> {
     pub state_of: &'a dyn Fn(Ordinal) -> Option<KeyState>,
     /// Nobody can hold a playlist of the rendition ([`super::RenditionFacts::is_idle`]).
     pub is_idle: bool,
+    /// From this ordinal on, keys are not there and cannot be made now.
+    pub unmade: Option<Ordinal>,
 }
 
 impl Situation<'_> {
@@ -34,6 +40,10 @@ impl Situation<'_> {
 
     fn may_encrypt(&self, ordinal: Ordinal) -> bool {
         (self.state_of)(ordinal).is_none_or(KeyState::may_encrypt)
+    }
+
+    fn is_to_be_had(&self, ordinal: Ordinal) -> bool {
+        self.unmade.is_none_or(|unmade| ordinal < unmade)
     }
 
     /// `ordinal`, or the next one behind it whose key can be used.
@@ -47,7 +57,9 @@ impl Situation<'_> {
 
 /// The boundaries that a playlist calls for, beyond those its rendition has; empty when it has them all.
 ///
-/// Boundaries that time or the count asks for soon are returned up to `lead_segments` before they are needed.
+/// Boundaries that time or the count asks for soon are returned up to `lead_segments` before they are needed. One
+/// whose ordinal is not to be had ([`Situation::unmade`]) comes back only where no other key will do: the rendition cannot
+/// go on without it.
 /// For a window of n segments at most about n / segments_per_key + 2 come back, and none for an empty one.
 pub fn plan(window: &PlaylistWindow, situation: Situation<'_>) -> Vec<(Boundary, Reason)> {
     let Situation { schedule, edge, is_idle, .. } = situation;
@@ -111,7 +123,12 @@ fn start(
             // A playlist that has ended is cut from the first key on; a live one joins the newest.
             let newest = if window.ended { marks.forced } else { marks.head };
             let ordinal = after.map_or(newest, |after| newest.max(after.next()));
-            let (ordinal, segments) = (situation.usable(ordinal), policy.segments_per_key);
+            let mut ordinal = situation.usable(ordinal);
+            // Numbers that come again must not come under a key that they were under before.
+            if !situation.is_to_be_had(ordinal) && reason != Reason::Reset {
+                ordinal = situation.usable(after.map_or(newest, |after| newest.max(after)));
+            }
+            let segments = policy.segments_per_key;
             vec![(Boundary { epoch, ordinal, first: window.first, segments }, reason)]
         }
     };
@@ -140,7 +157,7 @@ fn go_on(
             Some(shown) if last.next_by_count() < shown => horizon,
             _ => last.next_by_count(),
         };
-        let forced = !window.ended && marks.forced > last.ordinal;
+        let forced = !window.ended && marks.forced > last.ordinal && situation.is_to_be_had(forced_to);
         // Where a sibling has the same promotion still ahead of this window, it is one place for both.
         let by_promotion = siblings
             .iter()
@@ -155,7 +172,12 @@ fn go_on(
         } else if by_count < horizon || (by_count == horizon && lead > 0) {
             let next = situation.usable(last.ordinal.next());
             let ordinal = if forced { forced_to } else { next };
-            (Boundary { epoch: last.epoch, ordinal, first: by_count, segments }, Reason::Count)
+            match situation.is_to_be_had(ordinal) {
+                true => (Boundary { epoch: last.epoch, ordinal, first: by_count, segments }, Reason::Count),
+                false if by_count < window.end => (prolonged(last, by_count, window, policy), Reason::Count),
+                // It may be had by then.
+                false => return,
+            }
         } else {
             return;
         };
@@ -166,6 +188,19 @@ fn go_on(
         last = next.0;
         planned.push(next);
     }
+}
+
+/// The last key again, from `first` on.
+fn prolonged(
+    last: Boundary,
+    first: MediaSequenceNumber,
+    window: &PlaylistWindow,
+    policy: &Policy,
+) -> Boundary {
+    // What has ended is not looked at again, so that one boundary is enough.
+    let rest = u32::try_from(window.end.0.saturating_sub(first.0)).unwrap_or(u32::MAX);
+    let soon = (policy.segments_per_key / 10).max(policy.lead_segments.saturating_add(1));
+    Boundary { first, segments: if window.ended { rest } else { soon }, ..last }
 }
 
 #[cfg(test)]
@@ -189,7 +224,8 @@ mod tests {
     ) -> Vec<(Boundary, Reason)> {
         let state_of = &|_| None;
         let is_idle = false;
-        super::plan(window, Situation { schedule, edge, policy, marks, siblings, state_of, is_idle })
+        let unmade = None;
+        super::plan(window, Situation { schedule, edge, policy, marks, siblings, state_of, is_idle, unmade })
     }
 
     fn live(first: u64, end: u64) -> PlaylistWindow {
@@ -361,6 +397,7 @@ mod tests {
             siblings: &[],
             state_of: &state_of,
             is_idle: false,
+            unmade: None,
         };
         check(super::plan(&live(100, 106), situation), &[(1, 6, 100, Reason::Start)]);
     }
@@ -380,6 +417,7 @@ mod tests {
             siblings: &[],
             state_of: &state_of,
             is_idle: false,
+            unmade: None,
         };
         check(super::plan(&live(3, 9), situation), &[(0, 3, 10, Reason::Count)]);
     }
@@ -396,6 +434,7 @@ mod tests {
             siblings: &[],
             state_of: &|ordinal| (ordinal == Ordinal(3)).then_some(KeyState::Compromised),
             is_idle: false,
+            unmade: None,
         };
         check(super::plan(&live(0, 20), situation), &[(0, 4, 22, Reason::Promotion)]);
     }
@@ -433,6 +472,7 @@ mod tests {
                 _ => &|o| (o < Ordinal(6)).then_some(KeyState::Compromised),
             },
             is_idle,
+            unmade: None,
         };
         for state in [KeyState::Deactivated, KeyState::Compromised] {
             let window = live(80, 86);
@@ -440,6 +480,49 @@ mod tests {
             // One that is watched goes on: what was published stays where it is.
             check(super::plan(&window, situation(state, false)), &[]);
         }
+    }
+
+    /// [`plan`] where keys from an ordinal on can neither be had nor made.
+    fn plan_without(
+        unmade: u32,
+        schedule: &Schedule,
+        edge: Option<Edge>,
+        window: &PlaylistWindow,
+        marks: Marks,
+    ) -> Vec<(Boundary, Reason)> {
+        let policy = &policy(100);
+        let (siblings, state_of, is_idle, unmade) = (&[][..], &|_| None, false, Some(Ordinal(unmade)));
+        super::plan(window, Situation { schedule, edge, policy, marks, siblings, state_of, is_idle, unmade })
+    }
+
+    #[test]
+    fn the_last_key_goes_on_where_the_next_cannot_be_made_and_no_longer_than_that() {
+        let has = schedule(&[(0, 3, 0)]);
+        let at = |unmade, end| plan_without(unmade, &has, None, &live(end - 25, end), NOTHING_PROMOTED);
+        check(at(5, 101), &[(0, 4, 100, Reason::Count)]);
+        check(at(4, 100), &[]);
+        let prolonged = at(4, 115);
+        check(prolonged.clone(), &[(0, 3, 100, Reason::Count), (0, 3, 110, Reason::Count)]);
+        assert_eq!(prolonged[1].0.segments, 10);
+        let has = has.extended(&[prolonged[0].0, prolonged[1].0]);
+        let planned = plan_without(9, &has, None, &live(113, 119), NOTHING_PROMOTED);
+        check(planned, &[(0, 4, 120, Reason::Count)]);
+
+        let vod = PlaylistWindow { ended: true, ..live(0, 1_000) };
+        check(plan_without(4, &has, None, &vod, NOTHING_PROMOTED), &[(0, 3, 120, Reason::Count)]);
+    }
+
+    #[test]
+    fn nothing_begins_anew_under_a_key_that_cannot_be_made_where_another_will_do() {
+        let has = schedule(&[(0, 3, 0)]);
+        let marks = Marks { head: Ordinal(3), forced: Ordinal(3) };
+        let unseen = plan_without(4, &has, None, &live(90_000, 90_006), marks);
+        check(unseen[..1].to_vec(), &[(0, 3, 89_994, Reason::Start)]);
+        let begun = plan_without(4, &Schedule::default(), None, &live(0, 6), marks);
+        check(begun, &[(0, 3, 0, Reason::Start)]);
+        // The same numbers again: never under the same key.
+        let edge = Some(Edge { first: MediaSequenceNumber(94), end: MediaSequenceNumber(100) });
+        check(plan_without(4, &has, edge, &live(0, 6), marks), &[(1, 4, 0, Reason::Reset)]);
     }
 
     #[test]

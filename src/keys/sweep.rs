@@ -59,6 +59,8 @@ pub struct StreamFacts {
     pub renditions: Vec<RenditionFacts>,
     /// The highest ordinal that a boundary names.
     pub scheduled: Option<Ordinal>,
+    /// Whether keys can be made now. Without it the newest key stays the newest once those that wait are used up.
+    pub can_make: bool,
 }
 
 /// One thing to do to a stream's keys, and why.
@@ -81,13 +83,19 @@ pub enum KeyOp {
 pub fn sweep(stream: &StreamFacts, policy: &Policy, now: Timestamp) -> Vec<KeyOp> {
     let mut ops = Vec::new();
     let head = stream.keys.iter().rev().find(|key| key.activated_at.is_some());
-    let promoted = promotion(stream, head, policy, now);
+    let is_to_be_had = |op: &KeyOp| match op {
+        KeyOp::Promote { ordinal, .. } => stream.can_make || *ordinal < stream.next,
+        _ => true,
+    };
+    let promoted = promotion(stream, head, policy, now).filter(is_to_be_had);
     // The newest key once the promotion is done, and whether every rendition goes over to it.
     let newest = match &promoted {
         Some(KeyOp::Promote { ordinal, forced, .. }) => Some((*ordinal, *forced)),
         _ => head.map(|head| (head.ordinal, head.forced)),
     };
-    generate(stream, policy, newest.map(|(newest, _)| newest), &mut ops);
+    if stream.can_make {
+        generate(stream, policy, newest.map(|(newest, _)| newest), &mut ops);
+    }
     ops.extend(promoted);
     if let Some((newest, is_forced)) = newest {
         ops.extend(force(stream, newest, policy, now).filter(|_| !is_forced));
@@ -260,7 +268,7 @@ mod tests {
 
     fn facts(keys: Vec<KeyFacts>, renditions: Vec<RenditionFacts>) -> StreamFacts {
         let next = keys.last().map_or(Ordinal::FIRST, |key| key.ordinal.next());
-        StreamFacts { keys, next, renditions, scheduled: None }
+        StreamFacts { keys, next, renditions, scheduled: None, can_make: true }
     }
 
     fn steady() -> Vec<KeyFacts> {
@@ -295,6 +303,27 @@ mod tests {
         use KeyState::PreActive;
         let stream = facts(vec![key(0, PreActive, None), key(1, PreActive, None)], vec![]);
         check(&stream, 0, &[("generate", 2), ("generate", 3), ("promote", 0)]);
+    }
+
+    #[test]
+    fn what_waits_is_used_up_where_no_key_can_be_made_and_the_last_one_stays() {
+        let without = |stream| StreamFacts { can_make: false, ..stream };
+        let stream = without(facts(steady(), vec![live(0, 1800)]));
+        check(&stream, 1800, &[("promote", 1)]);
+        let last = without(facts(vec![key(3, KeyState::Active, Some(0))], vec![]));
+        check(&last, 9_000, &[]);
+        check(
+            &StreamFacts { can_make: true, ..last },
+            9_000,
+            &[
+                ("generate", 4),
+                ("generate", 5),
+                ("generate", 6),
+                ("generate", 7),
+                ("promote", 4),
+                ("deactivate", 3),
+            ],
+        );
     }
 
     #[test]

@@ -97,10 +97,6 @@ impl Kms for Keyring {
         self.wraps.kms.describe().await
     }
 
-    fn is_of_who_wraps(&self, kek_id: &str) -> bool {
-        provider_of(kek_id) == self.wraps.provider
-    }
-
     fn version_of(&self, wrapped: &WrappedKey) -> Option<u64> {
         self.holder_of(&wrapped.kek_id)?.kms.version_of(wrapped)
     }

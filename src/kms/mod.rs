@@ -80,11 +80,6 @@ pub trait Kms: fmt::Debug + Send + Sync {
     /// Whether the key that wraps is there and may be used. Changes nothing.
     async fn describe(&self) -> Result<KeyDescription, KmsError>;
 
-    /// Whether what the key of this ID wrapped is opened by who wraps now, and not by another that is held besides.
-    fn is_of_who_wraps(&self, _kek_id: &str) -> bool {
-        true
-    }
-
     /// Of its key's versions, the one that wrapped this, where that can be told without a call.
     fn version_of(&self, _wrapped: &WrappedKey) -> Option<u64> {
         None

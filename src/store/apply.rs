@@ -42,7 +42,7 @@ impl Store {
             Ok((applied, revs))
         })
         .await;
-        let destroys = |write: &Write| matches!(write.op, WriteOp::Destroy { .. });
+        let destroys = |write: &Write| matches!(write.op, WriteOp::Destroy { .. } | WriteOp::ShredDek { .. });
         if done.is_ok() && writes.iter().any(destroys) {
             self.empty_the_log().await;
         }
@@ -76,6 +76,7 @@ impl Store {
         match writes {
             [Write { op: WriteOp::PutDek(_), .. }, ..] => self.put_deks(tx, writes).await,
             [Write { op: WriteOp::PutKeys(_), .. }, ..] => self.put_keys(tx, writes).await,
+            [Write { op: WriteOp::ShredDek { .. }, .. }, ..] => self.shred_deks(tx, writes).await,
             _ => self.change_keys(tx, writes).await,
         }
     }
@@ -180,6 +181,32 @@ impl Store {
             keys.collect::<Result<_, _>>().map(Applied::Keys)
         };
         writes.iter().map(taken).collect()
+    }
+
+    async fn shred_deks(&self, tx: &mut Tx, writes: &[&Write]) -> Result<Vec<Applied>, StoreError> {
+        let id = |write: &&Write| match &write.op {
+            WriteOp::ShredDek { dek } => Some(dek.to_string()),
+            _ => None,
+        };
+        let ids: Vec<_> = writes.iter().filter_map(id).collect();
+        fault::point("shred a DEK: before");
+        // Nobody puts a key under it meanwhile: the stream's row is held.
+        let sql = both!(
+            self.dialect,
+            "UPDATE deks SET wrapped = $2
+             WHERE id IN (" ids ") AND length(wrapped) > 0
+               AND version < (SELECT max(n.version) FROM deks AS n WHERE n.stream_id = deks.stream_id)
+               AND NOT EXISTS (SELECT 1 FROM content_keys AS k
+                               WHERE k.stream_id = deks.stream_id AND k.dek_id = deks.id AND k.state <> 'destroyed')
+             RETURNING id"
+        );
+        let mut shredded = HashSet::new();
+        for row in sqlx::query(sql).bind(rows::json(&ids)).bind(Vec::<u8>::new()).fetch_all(&mut **tx).await?
+        {
+            shredded.insert(row.try_get::<String, _>("id")?);
+        }
+        let is_shredded = |write: &&Write| id(write).is_some_and(|id| shredded.contains(&id));
+        Ok(writes.iter().map(|write| Applied::Changed(u64::from(is_shredded(write)))).collect())
     }
 
     async fn change_keys(&self, tx: &mut Tx, writes: &[&Write]) -> Result<Vec<Applied>, StoreError> {
@@ -318,7 +345,7 @@ impl Change {
                     .to_owned()),
             ),
             // Those that put something in do not come here.
-            WriteOp::Force { .. } | WriteOp::PutDek(_) | WriteOp::PutKeys(_) => {
+            WriteOp::Force { .. } | WriteOp::PutDek(_) | WriteOp::PutKeys(_) | WriteOp::ShredDek { .. } => {
                 ("force: before", "forced = 1".to_owned(), one("k.state = 'active'".to_owned()))
             }
         };
@@ -330,7 +357,7 @@ impl Change {
 fn changed(stream: &StreamId, op: &WriteOp) -> Vec<Value> {
     let (stream, millis) = (stream.as_str(), Timestamp::as_unix_millis);
     match op {
-        WriteOp::PutDek(_) | WriteOp::PutKeys(_) => Vec::new(),
+        WriteOp::PutDek(_) | WriteOp::PutKeys(_) | WriteOp::ShredDek { .. } => Vec::new(),
         WriteOp::Promote { upto, reason, actor, at } => vec![json!({
             "stream": stream, "n": upto.0, "at": millis(*at), "reason": reason.name(), "actor": actor,
             "forced": i64::from(Reason::is_forced(reason.name())),

@@ -12,7 +12,7 @@ use super::StoreError;
 use super::dialect::both;
 use super::open::{Store, bounded};
 use super::rows::{DekRow, KeyRow, json, parsed, unsigned};
-use crate::keys::{KeyId, Ordinal, Reason, StreamId, Timestamp};
+use crate::keys::{DekId, KeyId, Ordinal, Reason, StreamId, Timestamp};
 
 /// One change of one stream's keys.
 #[derive(Debug, Clone)]
@@ -52,6 +52,10 @@ pub enum WriteOp {
         at: Timestamp,
         transition_until: Timestamp,
     },
+    /// Wipes a DEK's bytes for good; unless it is its stream's newest, or wraps a key that is not destroyed.
+    ShredDek {
+        dek: DekId,
+    },
     /// Wipes a retired key's bytes for good, and the boundaries that name it; unless a playlist that names it
     /// was served after `unless_named_after`.
     Destroy {
@@ -68,7 +72,7 @@ pub enum Applied {
     Dek(DekRow),
     /// The keys that are there now under the ordinals that were to be stored: ours, or another node's.
     Keys(Vec<KeyRow>),
-    /// How many keys were changed; none, where all were past it.
+    /// How many keys, or DEKs, were changed; none, where all were past it.
     Changed(u64),
 }
 

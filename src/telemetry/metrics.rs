@@ -27,12 +27,18 @@ pub struct Metrics {
     pub kms_up: IntGauge,
     /// By `provider`, of those that are held besides the one that wraps.
     pub kms_held_up: IntGaugeVec,
+    /// Data encryption keys that are unwrapped in memory.
+    pub deks_unwrapped: IntGauge,
     pub keys: IntGaugeVec,
     pub streams: IntGauge,
     /// Streams that changed in the store and could not be taken in.
     pub streams_put_off: IntGauge,
     pub overdue_rotations: IntGauge,
     pub store_up: IntGauge,
+    /// Whether each `alert` is active.
+    pub alert_active: IntGaugeVec,
+    /// What came of posting alerts to the webhook, by `outcome`.
+    pub alert_posts: IntCounterVec,
     pub lease_held: IntGauge,
     pub sweep_seconds: Histogram,
     pub sweep_errors: IntCounter,
@@ -100,6 +106,10 @@ impl Metrics {
                     &["provider"],
                 ),
             ),
+            deks_unwrapped: gauge(
+                "keyshield_deks_unwrapped",
+                "Data encryption keys that are unwrapped in memory.",
+            ),
             keys: register(
                 &registry,
                 IntGaugeVec::new(
@@ -115,6 +125,18 @@ impl Metrics {
             overdue_rotations: gauge(
                 "keyshield_overdue_rotations",
                 "Streams whose newest key is older than it should be.",
+            ),
+            alert_active: register(
+                &registry,
+                IntGaugeVec::new(
+                    Opts::new("keyshield_alert_active", "Whether an alert is active: 1 or 0."),
+                    &["alert"],
+                ),
+            ),
+            alert_posts: counters(
+                "keyshield_alert_posts_total",
+                "Alerts posted to the webhook: taken, failed (tried again), refused, dropped.",
+                &["outcome"],
             ),
             store_up: gauge("keyshield_store_up", "Whether the store answers: 1 or 0."),
             lease_held: gauge("keyshield_lease_held", "Whether this node is the one that sweeps: 1 or 0."),

@@ -16,6 +16,7 @@ mod golden;
 mod harness;
 mod kinds;
 mod kms;
+mod kms_outage;
 mod ll_clear;
 mod ll_encoder;
 mod ll_latency;

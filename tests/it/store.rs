@@ -90,6 +90,7 @@ conforms!(
     of_many_new_streams_those_begin_whose_names_nobody_has,
     a_stream_has_one_owner_of_its_prefix,
     a_deleted_stream_leaves_its_history_and_may_begin_anew,
+    a_dek_is_shredded_when_it_is_not_the_newest_and_wraps_no_key,
     an_erased_stream_leaves_nothing,
     an_update_is_seen_as_a_change,
     of_two_who_change_a_stream_neither_undoes_what_the_other_did,
@@ -518,6 +519,26 @@ async fn a_deleted_stream_leaves_its_history_and_may_begin_anew(database: Databa
     let refused = store.apply(&writes(&id, vec![late])).await;
     assert!(refused.is_err(), "a node that has not heard wraps under a DEK that is gone: {refused:?}");
     assert_eq!(store.highest_deks(std::slice::from_ref(&id)).await.unwrap(), [(id, 1)].into());
+}
+
+async fn a_dek_is_shredded_when_it_is_not_the_newest_and_wraps_no_key(database: Database) {
+    let (store, id) = database.with_stream().await;
+    let first = load(&store, &id).await.deks.remove(0);
+    put(&store, &id, &[key(5, 0)]).await;
+    let shred = || WriteOp::ShredDek { dek: first.id };
+    assert_eq!(apply(&store, &id, shred()).await, Applied::Changed(0), "it is the newest");
+    let second = put_dek(&store, &id, dek(0x77, 2)).await;
+    assert_eq!(put_dek(&store, &id, dek(0x78, 2)).await, second, "who comes second gets the first one's");
+    assert_eq!(apply(&store, &id, shred()).await, Applied::Changed(0), "it wraps a key");
+    apply(&store, &id, promote(0, Reason::Start, NOW)).await;
+    apply(&store, &id, WriteOp::Deactivate { ordinal: Ordinal(0), at: NOW }).await;
+    apply(&store, &id, destroy(0, later(9))).await;
+    assert_eq!(apply(&store, &id, shred()).await, Applied::Changed(1));
+    assert_eq!(apply(&store, &id, shred()).await, Applied::Changed(0), "once");
+    assert_eq!(load(&store, &id).await.deks, [second]);
+    assert_eq!(store.highest_deks(std::slice::from_ref(&id)).await.unwrap(), [(id.clone(), 2)].into());
+    let late = WriteOp::PutKeys(vec![key(9, 1)]);
+    assert!(store.apply(&writes(&id, vec![late])).await.is_err(), "nothing is put under it any more");
 }
 
 async fn an_erased_stream_leaves_nothing(database: Database) {

@@ -123,4 +123,14 @@ pub enum KmsCommand {
         #[arg(long, value_name = "PROVIDER")]
         to: String,
     },
+    /// Give a stream a new data encryption key, for the content keys that are made from now on
+    #[command(after_help = "Examples:\n  keyshield kms rotate-dek ch1\n  keyshield kms rotate-dek --all")]
+    RotateDek {
+        /// The stream's ID
+        #[arg(value_name = "STREAM", required_unless_present = "all", conflicts_with = "all")]
+        stream: Option<String>,
+        /// All streams that are running, one after the other
+        #[arg(long)]
+        all: bool,
+    },
 }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::args::{KmsCommand, RemoteArgs};
 use super::client::{Client, Method};
-use super::{show_or_json, tables};
+use super::{path, show_or_json, tables};
 
 const STATUS: &str = "/api/hls/kms";
 const REWRAP: &str = "/api/hls/kms/rewrap";
@@ -36,7 +36,36 @@ pub async fn kms(args: &RemoteArgs, command: &KmsCommand) -> anyhow::Result<(Str
             let text = show_or_json(args, &ended, tables::rewrap)?;
             Ok((text, left(&ended)))
         }
+        KmsCommand::RotateDek { stream, .. } => rotate_deks(args, &client, stream.as_deref()).await,
     }
+}
+
+/// Gives a stream, or each that is running, a new data encryption key. What failed does not keep the others from theirs.
+async fn rotate_deks(
+    args: &RemoteArgs,
+    client: &Client,
+    stream: Option<&str>,
+) -> anyhow::Result<(String, Option<anyhow::Error>)> {
+    let ids = match stream {
+        Some(stream) => vec![stream.to_owned()],
+        None => {
+            let all = client.pages("/api/hls/streams", "streams", "after").await?;
+            let running = all["streams"].as_array().into_iter().flatten().filter(|s| s["state"] == "running");
+            running.filter_map(|stream| Some(stream["streamId"].as_str()?.to_owned())).collect()
+        }
+    };
+    let (mut renewed, mut failed) = (Vec::new(), Vec::new());
+    for id in &ids {
+        match client.call(Method::POST, &path(id, "/rotate-dek"), None).await {
+            Ok(dek) => renewed.push(dek),
+            Err(error) => failed.push(format!("{id}: {error}")),
+        }
+    }
+    let (done, all) = (renewed.len(), ids.len());
+    let text = show_or_json(args, &json!({ "dataKeys": renewed }), tables::data_keys)?;
+    let left = (!failed.is_empty())
+        .then(|| anyhow!("{done} of {all} streams have a new key; {}", failed.join("; ")));
+    Ok((text, left))
 }
 
 /// Follows a re-wrap to its end.

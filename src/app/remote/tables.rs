@@ -64,6 +64,14 @@ pub(super) fn rotations(answer: &Value) -> String {
     )
 }
 
+pub(super) fn data_keys(answer: &Value) -> String {
+    let columns = ["streamId", "version", "dekId", "kekId", "createdAt"];
+    table(
+        &["STREAM", "VERSION", "DATA KEY", "WRAPPED BY", "CREATED"],
+        rows(answer, "dataKeys").map(|dek| columns.map(|name| text(&dek[name])).into()),
+    )
+}
+
 /// A stream: what one looks for first comes first, then its rules by their names.
 pub(super) fn stream(answer: &Value) -> String {
     let first = ["streamId", "state", "encryptedPlaylistPath", "playlistUrl", "origin", "pathPrefix"];
@@ -206,6 +214,16 @@ ch1     running  4    2026-01-01T00:00:00.000Z  AES-128  30 min or 100 segments 
 vod     stopped  -    -                         AES-256  10 segments             /vod/a.m3u8
 ";
         assert_eq!(streams(&answer), expected);
+    }
+
+    #[test]
+    fn a_data_key_names_who_wraps_it() {
+        let key = json!({ "streamId": "ch1", "version": 2, "dekId": "ab", "kekId": "vault:transit/k", "createdAt": "T" });
+        let expected = "\
+STREAM  VERSION  DATA KEY  WRAPPED BY       CREATED
+ch1     2        ab        vault:transit/k  T
+";
+        assert_eq!(data_keys(&json!({ "dataKeys": [key] })), expected);
     }
 
     #[test]

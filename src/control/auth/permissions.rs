@@ -15,6 +15,7 @@ pub(in crate::control) enum Call {
     Initialize,
     Update,
     Rotate,
+    RotateDek,
     EmergencyRevoke,
     Stop,
     Delete,
@@ -25,7 +26,7 @@ pub(in crate::control) enum Call {
 }
 
 impl Call {
-    pub(in crate::control) const ALL: [Call; 14] = [
+    pub(in crate::control) const ALL: [Call; 15] = [
         Call::ListStreams,
         Call::ReadStream,
         Call::ReadKeys,
@@ -33,6 +34,7 @@ impl Call {
         Call::Initialize,
         Call::Update,
         Call::Rotate,
+        Call::RotateDek,
         Call::EmergencyRevoke,
         Call::Stop,
         Call::Delete,
@@ -50,7 +52,7 @@ impl Call {
                 &[Auditor, Operator, Security, Admin]
             }
             Call::Initialize | Call::Update => &[Operator, Admin],
-            Call::Rotate | Call::Stop => &[Operator, Security, Admin],
+            Call::Rotate | Call::RotateDek | Call::Stop => &[Operator, Security, Admin],
             Call::EmergencyRevoke | Call::Rewrap => &[Security, Admin],
             Call::Delete | Call::Erase => &[Admin],
         }
@@ -66,6 +68,7 @@ impl Call {
             Call::Initialize => (Method::POST, "/api/hls/streams/{streamId}/initialize"),
             Call::Update => (Method::PATCH, "/api/hls/streams/{streamId}"),
             Call::Rotate => (Method::POST, "/api/hls/streams/{streamId}/rotate"),
+            Call::RotateDek => (Method::POST, "/api/hls/streams/{streamId}/rotate-dek"),
             Call::EmergencyRevoke => (Method::POST, "/api/hls/streams/{streamId}/emergency-revoke"),
             Call::Stop => (Method::POST, "/api/hls/streams/{streamId}/stop"),
             Call::Delete => (Method::DELETE, "/api/hls/streams/{streamId}"),

@@ -270,6 +270,35 @@ impl Rotation {
     }
 }
 
+/// A stream's data encryption key; never its bytes.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(in crate::control) struct DataKey {
+    stream_id: String,
+    #[schema(pattern = "^[0-9a-f]{32}$")]
+    dek_id: String,
+    /// 1, 2, 3 … in its stream.
+    #[schema(value_type = u64, minimum = 1, maximum = 4_294_967_295_u64)]
+    version: u32,
+    /// Which key of the KMS wraps it.
+    #[schema(examples("vault:transit/keyshield"))]
+    kek_id: String,
+    #[schema(format = DateTime)]
+    created_at: String,
+}
+
+impl DataKey {
+    pub(in crate::control) fn of(stream: &StreamId, dek: engine::RenewedDek) -> Self {
+        Self {
+            stream_id: stream.to_string(),
+            dek_id: dek.id.to_string(),
+            version: dek.version.0,
+            kek_id: dek.kek_id,
+            created_at: date_time(dek.created_at),
+        }
+    }
+}
+
 /// What a revocation did.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
@@ -342,6 +371,9 @@ pub(in crate::control) struct Health {
     pub(in crate::control) status: &'static str,
     pub(in crate::control) services: HealthServices,
     pub(in crate::control) metrics: HealthMetrics,
+    /// What is wrong, each in a sentence; empty when all is well.
+    #[schema(examples(json!(["KMS vault, key transit/keyshield: sealed: streams go on, each with 3 keys made ahead at least"])))]
+    pub(in crate::control) problems: Vec<String>,
 }
 
 #[derive(Debug, PartialEq, Serialize, ToSchema)]

@@ -15,8 +15,8 @@ use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
 
 pub(super) use answers::{
-    Erasure, Health, HealthMetrics, HealthServices, Key, KeyList, Revocation, Rotation, RotationList, Stream,
-    StreamList,
+    DataKey, Erasure, Health, HealthMetrics, HealthServices, Key, KeyList, Revocation, Rotation,
+    RotationList, Stream, StreamList,
 };
 pub(super) use kms::{KmsStatus, Rewrap, RewrapRequest, Rewrapping};
 pub(super) use requests::{EraseRequest, InitializeRequest, RevokeRequest, StreamPath, UpdateRequest};

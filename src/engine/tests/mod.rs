@@ -1,5 +1,6 @@
 //! The engine on a real store and a clock that stands still.
 
+mod deks;
 mod operators;
 mod policies;
 
@@ -7,12 +8,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Engine, Fleet, Operator, Published, Shown, Stream, StreamSpec, Worker};
+use super::{DekRules, Engine, Fleet, Operator, Published, Shown, Stream, StreamSpec, Worker};
 use crate::clock::Clock;
 use crate::keys::{
     Boundary, MediaSequenceNumber, Ordinal, PlaylistWindow, Policy, REPORT_INTERVAL, Timestamp,
 };
-use crate::kms::{Keyring, LocalKms};
+use crate::kms::{Keyring, Kms, LocalKms};
 use crate::store::{Location, Store};
 use crate::telemetry::Metrics;
 
@@ -34,10 +35,20 @@ impl Node {
 
     /// As [`Self::start`], asking for changes so often.
     async fn start_polling(dir: &Path, clock: Clock, poll_interval: Duration) -> Self {
+        let kms = Arc::new(LocalKms::open(&dir.join("master.key")).unwrap());
+        Self::start_on(dir, clock, poll_interval, kms, DekRules::default()).await
+    }
+
+    async fn start_on(
+        dir: &Path,
+        clock: Clock,
+        poll_interval: Duration,
+        kms: Arc<dyn Kms>,
+        rules: DekRules,
+    ) -> Self {
         let (engine, seat) = Engine::new(clock.clone(), Metrics::new());
         let store = Store::open(&Location::Sqlite(dir.join("keyshield.db")), 4).await.unwrap();
-        let kms = Arc::new(LocalKms::open(&dir.join("master.key")).unwrap());
-        let kms = Arc::new(Keyring::of("local", kms));
+        let kms = Arc::new(Keyring::of("test", kms));
         let fleet = Fleet {
             node: hex::encode(&crate::entropy::random::<8>()[..]),
             is_alone: false,
@@ -45,7 +56,7 @@ impl Node {
             sweep_interval: Duration::from_millis(1),
             lease: Duration::from_millis(400),
         };
-        let worker = Worker::load(seat, store, kms, fleet, vec![spec()]).await.unwrap();
+        let worker = Worker::load(seat, store, kms, rules, fleet, vec![spec()]).await.unwrap();
         let operator = worker.operator();
         let sweeps = tokio::spawn(worker.run());
         Self { engine, operator, clock, sweeps }

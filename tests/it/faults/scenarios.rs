@@ -98,6 +98,7 @@ fn begin(session: &mut Session) -> Result<(), Died> {
     session.act("own", Call::Initialize(SEGMENTS_PER_KEY))?;
     session.go_on(2)?;
     session.act("live", Call::Rotate)?;
+    session.act("live", Call::RotateDek)?;
     session.go_on(3)?;
     session.act("live", Call::Revoke)?;
     session.play_all()
@@ -149,6 +150,8 @@ pub fn destroyed() -> (Scenario, Memory) {
     let config = config(&[LIVE]);
     let (dir, mut memory) = prepare(&config, memory(&["live"]), |session| {
         session.play_all()?;
+        // Its keys are among those whose time is over.
+        session.act("live", Call::RotateDek)?;
         session.go_on(3)?;
         session.act("live", Call::Revoke)?;
         (0..4).try_for_each(|_| session.go_on(3))?;
@@ -179,7 +182,7 @@ pub fn destroyed() -> (Scenario, Memory) {
         session.check_condemned("live")?;
         session.go_on(1)
     };
-    let points = &["destroy", "apply", "sweep", "report"];
+    let points = &["destroy", "shred", "apply", "sweep", "report"];
     (Scenario { name: "destroyed", points, config, begin: Begin::Copy(dir), drive }, memory)
 }
 

@@ -36,6 +36,7 @@ pub enum Call {
     Initialize(u32),
     Update(u32),
     Rotate,
+    RotateDek,
     Revoke,
     Stop,
     Delete,
@@ -276,6 +277,7 @@ impl Session {
                 ("PATCH", "", json!({"config": {"segmentsPerKey": segments_per_key}}))
             }
             Call::Rotate => ("POST", "/rotate", Value::Null),
+            Call::RotateDek => ("POST", "/rotate-dek", Value::Null),
             Call::Revoke => ("POST", "/emergency-revoke", json!({"reason": "leaked"})),
             Call::Stop => ("POST", "/stop", Value::Null),
             Call::Delete => ("DELETE", "", Value::Null),
@@ -293,6 +295,8 @@ impl Session {
             Call::Initialize(_) => stream.state = State::Running,
             Call::Update(segments_per_key) => stream.segments_per_key = Some(segments_per_key),
             Call::Rotate => stream.rotated.push(key_id(&body["key"])),
+            // Nothing that shows: new keys are stored under another one.
+            Call::RotateDek => assert!(body["version"].as_u64().is_some_and(|version| version > 1), "{body}"),
             Call::Revoke => {
                 let revoked = body["revokedKeys"].as_array().expect("keys").iter();
                 stream.revoked.extend(revoked.map(|key| format!("/api/hls/keys/{}", key_id(key))));

@@ -33,7 +33,7 @@ fn section(dir: &Path, address: &str, key: &str) -> String {
     )
 }
 
-fn folder(bao: &Bao, policy: &str) -> TempDir {
+pub(crate) fn folder(bao: &Bao, policy: &str) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("token"), bao.token(policy, LONG)).unwrap();
     dir
@@ -264,6 +264,8 @@ fn streams_go_on_without_the_kms_and_a_start_waits_for_it() {
     assert!(shield.logged().contains("cannot be reached"), "{}", shield.logged());
     pause(Duration::from_secs(1));
     assert!(shield.ended().is_none() && !shield.is_ready());
+    let health = ask("GET", &health, &[]).text();
+    assert!(health.contains(why) && health.contains("this node waits for it"), "{health}");
     wire.mend();
     wait_at_most(Duration::from_secs(30), "keys that are loaded", || shield.is_ready().then_some(()));
     assert_eq!(paths(&check_plays(&shield, "ch1")), paths(&before));
