@@ -48,7 +48,7 @@ impl Node {
     ) -> Self {
         let (engine, seat) = Engine::new(clock.clone(), Metrics::new());
         let store = Store::open(&Location::Sqlite(dir.join("keyshield.db")), 4).await.unwrap();
-        let kms = Arc::new(Keyring::of("test", kms));
+        let kms = Arc::new(Keyring::of("local", kms));
         let fleet = Fleet {
             node: hex::encode(&crate::entropy::random::<8>()[..]),
             is_alone: false,
