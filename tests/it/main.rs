@@ -16,6 +16,7 @@ mod golden;
 mod harness;
 mod kinds;
 mod kms;
+#[cfg(feature = "kms-vault")]
 mod kms_outage;
 mod ll_clear;
 mod ll_encoder;
@@ -36,6 +37,7 @@ mod players;
 mod postgres;
 mod real_players;
 mod revocation;
+#[cfg(all(feature = "kms-aws", feature = "kms-vault"))]
 mod rewrap;
 mod schemathesis;
 mod sessions;

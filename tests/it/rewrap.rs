@@ -1,6 +1,6 @@
 //! From one KMS to another while streams play: nobody who watches notices, and whoever is killed loses nothing.
 //!
-//! The providers are real: a master key file, and OpenBao. [`go_over`] takes any list of them.
+//! The providers are a master key file, the real OpenBao, and moto for AWS. [`go_over`] takes any list of them.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -17,6 +17,7 @@ use crate::harness::{
     KEYSHIELD, Running, agent, ask, fetch_segments, get, pause, try_ask_by, wait_at_most, wait_for,
 };
 use crate::kms::bao::Bao;
+use crate::kms::clouds::{Cloud, REGION};
 use crate::kms::vault::{LONG, documented_policy};
 use crate::kms::{check_plays, origin};
 use crate::operators_cli::run_as;
@@ -29,6 +30,12 @@ use crate::wire::Wire;
 /// Streams that are played, and streams that are only there, so that there is something to re-wrap.
 const PLAYED: usize = 4;
 const IDLE: usize = 150;
+
+const AWS_CREDENTIALS: [(&str, &str); 3] = [
+    ("AWS_ACCESS_KEY_ID", "AKIATESTS"),
+    ("AWS_SECRET_ACCESS_KEY", "secret-of-the-tests"),
+    ("AWS_EC2_METADATA_DISABLED", "true"),
+];
 
 /// A provider, as the configuration has it, and how its key is taken away for good.
 struct Provider<'a> {
@@ -65,6 +72,18 @@ fn vault<'a>(bao: &'a Bao, dir: &TempDir, more: &str) -> Provider<'a> {
             bao.ok("POST", "transit/keys/keyshield/config", json!({"deletion_allowed": true}));
             bao.ok("DELETE", "transit/keys/keyshield", Value::Null);
         }),
+    }
+}
+
+/// AWS as moto plays it.
+fn aws(moto: &Cloud) -> Provider<'_> {
+    moto.make_key("alias/keyshield");
+    Provider {
+        name: "aws",
+        local: String::new(),
+        section: format!("[kms.aws]\nregion = \"{REGION}\"\nendpoint = \"{}\"\n", moto.url()),
+        // It forgets everything.
+        destroy: Box::new(|| drop(agent().post(format!("{}/moto-api/reset", moto.url())).send("").unwrap())),
     }
 }
 
@@ -105,7 +124,8 @@ impl Shields {
         for (at, path) in played.chain(idle).enumerate() {
             let _ = write!(config, "[[streams]]\nid = \"s{at:04}\"\nplaylist_url = \"{url}{path}\"\n");
         }
-        (0..self.nodes).map(|_| Running::serve_with(tempfile::tempdir().unwrap(), &config)).collect()
+        let start = |_| Running::serve_under(tempfile::tempdir().unwrap(), &config, &AWS_CREDENTIALS);
+        (0..self.nodes).map(start).collect()
     }
 
     /// Looks at every playlist and segment, and asks every node for keys without a pause, for as long as `act` takes.
@@ -217,10 +237,11 @@ fn kms_call(node: &Running, method: &str, path: &str, body: Value) -> Got {
 
 #[test]
 fn viewers_do_not_notice_that_their_keys_go_from_one_kms_to_another_and_back() {
-    let (bao, dir) = (Bao::start(), tempfile::tempdir().unwrap());
+    let (moto, bao, dir) = (Cloud::moto(), Bao::start(), tempfile::tempdir().unwrap());
     let store = format!("[store]\ndatabase = \"{}/keyshield.db\"\n", dir.path().display());
     let (file, new_file) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    go_over(&Shields::new(1, store), &[local(&file), vault(&bao, &dir, ""), local(&new_file)]);
+    let providers = [local(&file), aws(&moto), vault(&bao, &dir, ""), local(&new_file)];
+    go_over(&Shields::new(1, store), &providers);
 }
 
 #[test]

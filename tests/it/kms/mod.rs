@@ -9,7 +9,7 @@ mod azure;
 #[cfg(feature = "kms-vault")]
 pub(crate) mod bao;
 #[cfg(feature = "kms-aws")]
-mod clouds;
+pub(crate) mod clouds;
 #[cfg(feature = "kms-gcp")]
 mod gcp;
 #[cfg(any(feature = "kms-azure", feature = "kms-gcp"))]
