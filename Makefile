@@ -54,6 +54,7 @@ check: fmt
 	@scripts/bootstrap.sh build
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) clippy --locked --all-targets --features faults -- -D warnings
+	$(CARGO) clippy --locked --all-targets --no-default-features -- -D warnings
 
 fmt:
 	$(CARGO) fmt --check

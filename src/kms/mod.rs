@@ -16,6 +16,7 @@ mod keyring;
 mod local;
 #[cfg(any(feature = "kms-azure", feature = "kms-gcp"))]
 mod rest;
+#[cfg(any(feature = "kms-azure", feature = "kms-vault"))]
 mod secret;
 #[cfg(feature = "kms-vault")]
 mod vault;
@@ -36,6 +37,7 @@ pub use gcp::{GcpKms, GcpSettings};
 pub use guard::{Guard, Limits};
 pub use keyring::{Held, Keyring};
 pub use local::{LocalKms, MasterKeyError};
+#[cfg(any(feature = "kms-azure", feature = "kms-vault"))]
 pub use secret::Secret;
 #[cfg(feature = "kms-vault")]
 pub use vault::{Login, VaultKms, VaultSettings};

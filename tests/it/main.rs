@@ -41,6 +41,7 @@ mod revocation;
 mod rewrap;
 mod schemathesis;
 mod sessions;
+#[cfg(any(feature = "faults", all(feature = "kms-aws", feature = "kms-vault")))]
 mod sqlite;
 mod store;
 mod watch;
