@@ -33,7 +33,7 @@ use zeroize::Zeroizing;
 
 pub use self::arn::KeyArn;
 pub(crate) use self::arn::{is_alias, is_key_id, is_label};
-use super::{Cause, KeyDescription, Kms, KmsError, WrappedKey};
+use super::{Cause, KeyDescription, Kms, KmsError, WrappedKey, named_by};
 use crate::keys::{Context, DataEncryptionKey};
 
 const PROVIDER: &str = "aws";
@@ -141,7 +141,7 @@ impl AwsKms {
     /// The key that wrapped, and a client where it is. A key of many regions is used in this shield's own, if that is the
     /// key that wraps here: the other region may be away.
     fn wrapped_by(&self, home: &Home, kek_id: &str) -> Result<(KeyArn, Client), KmsError> {
-        let arn = kek_id.strip_prefix(PROVIDER).and_then(|rest| rest.strip_prefix(':'));
+        let arn = named_by(PROVIDER, kek_id);
         let arn = arn.and_then(|arn| arn.parse::<KeyArn>().ok()).filter(|arn| arn.key_id().is_some());
         let arn = arn.ok_or_else(|| self.failed(kek_id, Cause::Foreign))?;
         let region = home.region.as_ref();

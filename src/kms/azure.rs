@@ -33,7 +33,7 @@ use zeroize::Zeroizing;
 pub use self::identity::AzureIdentity;
 use self::identity::Tokens;
 use super::rest::{self, Answer, said};
-use super::{Cause, KeyDescription, Kms, KmsError, WrappedKey};
+use super::{Cause, KeyDescription, Kms, KmsError, WrappedKey, named_by};
 use crate::entropy;
 use crate::keys::{Context, DataEncryptionKey, EnvelopeError, NONCE_LEN, open, seal};
 
@@ -339,15 +339,6 @@ fn date(headers: &HeaderMap) -> Option<u64> {
 
 #[async_trait]
 impl Kms for AzureKms {
-    async fn generate_data_key(
-        &self,
-        context: &Context<'_>,
-    ) -> Result<(DataEncryptionKey, WrappedKey), KmsError> {
-        let key = DataEncryptionKey::from_bytes(*entropy::random());
-        let wrapped = self.wrap(context, &key).await?;
-        Ok((key, wrapped))
-    }
-
     async fn wrap(&self, context: &Context<'_>, key: &DataEncryptionKey) -> Result<WrappedKey, KmsError> {
         self.wrap_here(context, key).await.map_err(|cause| self.failed(cause))
     }
@@ -358,7 +349,7 @@ impl Kms for AzureKms {
         wrapped: &WrappedKey,
     ) -> Result<DataEncryptionKey, KmsError> {
         let failed = |cause| KmsError { provider: PROVIDER, key: wrapped.kek_id.clone(), cause };
-        let kid = wrapped.kek_id.strip_prefix(PROVIDER).and_then(|rest| rest.strip_prefix(':'));
+        let kid = named_by(PROVIDER, &wrapped.kek_id);
         let kid = kid.ok_or_else(|| failed(Cause::Foreign))?;
         self.unwrap_here(kid, context, &wrapped.bytes).await.map_err(failed)
     }

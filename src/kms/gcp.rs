@@ -22,8 +22,7 @@ use zeroize::Zeroizing;
 
 use self::session::Session;
 use super::rest::{self, Answer, said};
-use super::{Cause, KeyDescription, Kms, KmsError, WrappedKey};
-use crate::entropy;
+use super::{Cause, KeyDescription, Kms, KmsError, WrappedKey, named_by};
 use crate::keys::{Context, DataEncryptionKey};
 
 const PROVIDER: &str = "gcp";
@@ -329,15 +328,6 @@ fn cause(answer: &Answer, verb: &str, key: &str) -> Cause {
 
 #[async_trait]
 impl Kms for GcpKms {
-    async fn generate_data_key(
-        &self,
-        context: &Context<'_>,
-    ) -> Result<(DataEncryptionKey, WrappedKey), KmsError> {
-        let key = DataEncryptionKey::from_bytes(*entropy::random());
-        let wrapped = self.wrap(context, &key).await?;
-        Ok((key, wrapped))
-    }
-
     async fn wrap(&self, context: &Context<'_>, key: &DataEncryptionKey) -> Result<WrappedKey, KmsError> {
         self.encrypt(context, key).await.map_err(|cause| self.failed(cause))
     }
@@ -348,7 +338,7 @@ impl Kms for GcpKms {
         wrapped: &WrappedKey,
     ) -> Result<DataEncryptionKey, KmsError> {
         let failed = |cause| KmsError { provider: PROVIDER, key: wrapped.kek_id.clone(), cause };
-        let name = wrapped.kek_id.strip_prefix(PROVIDER).and_then(|rest| rest.strip_prefix(':'));
+        let name = named_by(PROVIDER, &wrapped.kek_id);
         // The key finds the version by the ciphertext.
         let (key, _) = name.and_then(split).ok_or_else(|| failed(Cause::Foreign))?;
         self.decrypt(key, context, &wrapped.bytes).await.map_err(failed)

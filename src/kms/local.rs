@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use thiserror::Error;
 use zeroize::Zeroizing;
 
-use super::{Cause, KeyDescription, Kms, KmsError, WrappedKey};
+use super::{Cause, KeyDescription, Kms, KmsError, WrappedKey, named_by};
 use crate::entropy;
 use crate::fault;
 use crate::keys::{Context, DataEncryptionKey, EnvelopeError, NONCE_LEN, open, seal};
@@ -128,15 +128,6 @@ impl LocalKms {
 
 #[async_trait]
 impl Kms for LocalKms {
-    async fn generate_data_key(
-        &self,
-        context: &Context<'_>,
-    ) -> Result<(DataEncryptionKey, WrappedKey), KmsError> {
-        let key = DataEncryptionKey::from_bytes(*entropy::random());
-        let wrapped = self.wrap(context, &key).await?;
-        Ok((key, wrapped))
-    }
-
     async fn wrap(&self, context: &Context<'_>, key: &DataEncryptionKey) -> Result<WrappedKey, KmsError> {
         let bytes = seal(&self.keys[0].key, *entropy::random::<NONCE_LEN>(), context, key.expose());
         Ok(WrappedKey { kek_id: self.kek_id(), bytes })
@@ -148,7 +139,7 @@ impl Kms for LocalKms {
         wrapped: &WrappedKey,
     ) -> Result<DataEncryptionKey, KmsError> {
         let failed = |cause| KmsError { provider: PROVIDER, key: wrapped.kek_id.clone(), cause };
-        let id = wrapped.kek_id.strip_prefix(PROVIDER).and_then(|rest| rest.strip_prefix(':'));
+        let id = named_by(PROVIDER, &wrapped.kek_id);
         let master = self.keys.iter().find(|key| Some(key.id.as_str()) == id);
         let master = master.ok_or_else(|| failed(Cause::Foreign))?;
         let plaintext =

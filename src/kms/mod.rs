@@ -42,6 +42,7 @@ pub use secret::Secret;
 #[cfg(feature = "kms-vault")]
 pub use vault::{Login, VaultKms, VaultSettings};
 
+use crate::entropy;
 use crate::keys::{Context, DataEncryptionKey, EnvelopeError};
 
 /// A data encryption key as it is stored.
@@ -64,11 +65,15 @@ pub struct KeyDescription {
 /// version (`keys::Context::Dek`).
 #[async_trait]
 pub trait Kms: fmt::Debug + Send + Sync {
-    /// A new key, with what is to be stored of it.
+    /// A new key, with what is to be stored of it: made here and wrapped, unless the KMS makes keys itself.
     async fn generate_data_key(
         &self,
         context: &Context<'_>,
-    ) -> Result<(DataEncryptionKey, WrappedKey), KmsError>;
+    ) -> Result<(DataEncryptionKey, WrappedKey), KmsError> {
+        let key = DataEncryptionKey::from_bytes(*entropy::random());
+        let wrapped = self.wrap(context, &key).await?;
+        Ok((key, wrapped))
+    }
 
     async fn wrap(&self, context: &Context<'_>, key: &DataEncryptionKey) -> Result<WrappedKey, KmsError>;
 
@@ -95,6 +100,11 @@ pub trait Kms: fmt::Debug + Send + Sync {
         };
         wrapped.kek_id == now.kek_id && is_version()
     }
+}
+
+/// What a provider called its key, of an ID that begins with the provider's own name; `None` for another's.
+fn named_by<'k>(provider: &str, kek_id: &'k str) -> Option<&'k str> {
+    kek_id.strip_prefix(provider)?.strip_prefix(':')
 }
 
 /// Why a call of a KMS failed: whose, about which key, and what to look at.

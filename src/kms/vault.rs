@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use zeroize::{Zeroize, Zeroizing};
 
 use self::login::Session;
-use super::{Cause, KeyDescription, Kms, KmsError, Secret, WrappedKey, deepest};
+use super::{Cause, KeyDescription, Kms, KmsError, Secret, WrappedKey, deepest, named_by};
 use crate::keys::{Context, DataEncryptionKey};
 
 const PROVIDER: &str = "vault";
@@ -136,7 +136,7 @@ impl VaultKms {
 
     /// The mount and name of the key that wrapped something.
     fn wrapped_by<'k>(&self, kek_id: &'k str) -> Result<(&'k str, &'k str), KmsError> {
-        let named = kek_id.strip_prefix(PROVIDER).and_then(|rest| rest.strip_prefix(':'));
+        let named = named_by(PROVIDER, kek_id);
         let parts = named.and_then(|name| name.rsplit_once('/'));
         // It comes from the database, and goes into a path.
         let is_name = |text: &str| {
