@@ -3,7 +3,7 @@
 //! The map of the house. Arrows run one way, and `tests/tidy.rs` keeps them:
 //!
 //! ```text
-//! main → app → shield, control, demo → engine → store, kms, alert → hls, cipher → keys
+//! main → app → shield, control, demo → engine → store, kms, cdn, alert → hls, cipher → keys
 //! ```
 //!
 //! Pure rooms (no clock, no randomness, no files, no sockets, no async): `keys`, `cipher`, `hls`.
@@ -15,6 +15,7 @@
 
 pub mod alert;
 pub mod app;
+pub mod cdn;
 pub mod cipher;
 pub mod clock;
 pub mod config;
@@ -26,6 +27,7 @@ pub mod fault;
 pub mod hls;
 pub mod keys;
 pub mod kms;
+pub mod rest;
 pub mod shield;
 pub mod store;
 pub mod telemetry;

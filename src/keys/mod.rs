@@ -5,6 +5,7 @@
 //! knowledge of playlist text or HTTP.
 
 mod derive;
+mod edge;
 mod envelope;
 #[cfg(test)]
 mod histories;
@@ -18,6 +19,10 @@ mod sweep;
 mod time;
 
 pub use derive::{ByteRange, Iv, IvMode, LinkMac, Place, RenditionTag, Resource};
+pub use edge::{
+    CheckValue, EDGE_NONCE_LEN, EdgeCipher, EdgeError, EdgeSecret, SealedKey, TokenScope, open_at_edge,
+    seal_for_edge, viewer_token,
+};
 pub use envelope::{Context, EnvelopeError, NONCE_LEN, SEAL_OVERHEAD, open, seal};
 pub use ids::{DekId, DekVersion, IdError, KeyId, MediaSequenceNumber, Ordinal, StreamId};
 pub use lifecycle::{KeyState, TRANSITIONS, Transition};

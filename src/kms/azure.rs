@@ -32,10 +32,10 @@ use zeroize::Zeroizing;
 
 pub use self::identity::AzureIdentity;
 use self::identity::Tokens;
-use super::rest::{self, Answer, said};
 use super::{Cause, KeyDescription, Kms, KmsError, WrappedKey, named_by};
 use crate::entropy;
 use crate::keys::{Context, DataEncryptionKey, EnvelopeError, NONCE_LEN, open, seal};
+use crate::rest::{self, Answer, said};
 
 const PROVIDER: &str = "azure";
 const API_VERSION: &str = "7.4";
@@ -155,7 +155,7 @@ impl AzureKms {
             if let Some(body) = body {
                 request = rest::with_json(request, body);
             }
-            rest::send(request, vault.as_str()).await
+            Ok::<_, Cause>(rest::send(request, vault.as_str()).await?)
         };
         let tokens = Arc::clone(&self.tokens.lock());
         let mut answer = send(&tokens).await?;

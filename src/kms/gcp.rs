@@ -21,9 +21,9 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use self::session::Session;
-use super::rest::{self, Answer, said};
 use super::{Cause, KeyDescription, Kms, KmsError, WrappedKey, named_by};
 use crate::keys::{Context, DataEncryptionKey};
+use crate::rest::{self, Answer, said};
 
 const PROVIDER: &str = "gcp";
 /// CRC32C, as RFC 3720 has it.

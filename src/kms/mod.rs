@@ -14,10 +14,6 @@ mod gcp;
 mod guard;
 mod keyring;
 mod local;
-#[cfg(any(feature = "kms-azure", feature = "kms-gcp"))]
-mod rest;
-#[cfg(any(feature = "kms-azure", feature = "kms-vault"))]
-mod secret;
 #[cfg(feature = "kms-vault")]
 mod vault;
 
@@ -26,6 +22,8 @@ use std::fmt;
 use async_trait::async_trait;
 use thiserror::Error;
 
+#[cfg(any(feature = "kms-azure", feature = "kms-vault"))]
+pub use crate::rest::Secret;
 #[cfg(feature = "kms-aws")]
 pub use aws::{AwsKms, AwsSettings, KeyArn};
 #[cfg(feature = "kms-aws")]
@@ -37,8 +35,6 @@ pub use gcp::{GcpKms, GcpSettings};
 pub use guard::{Guard, Limits};
 pub use keyring::{Held, Keyring};
 pub use local::{LocalKms, MasterKeyError};
-#[cfg(any(feature = "kms-azure", feature = "kms-vault"))]
-pub use secret::Secret;
 #[cfg(feature = "kms-vault")]
 pub use vault::{Login, VaultKms, VaultSettings};
 
@@ -149,6 +145,16 @@ pub enum Cause {
     NotHeld(String),
     #[error("{0}")]
     Envelope(#[from] EnvelopeError),
+}
+
+#[cfg(any(feature = "kms-azure", feature = "kms-gcp"))]
+impl From<crate::rest::RestError> for Cause {
+    fn from(error: crate::rest::RestError) -> Self {
+        match error {
+            crate::rest::RestError::Unreachable(why) => Cause::Unavailable(why),
+            crate::rest::RestError::TooLong(why) => Cause::Refused(why),
+        }
+    }
 }
 
 /// What is at the bottom of an error: "connection refused", not "error sending request".

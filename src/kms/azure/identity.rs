@@ -18,9 +18,9 @@ use azure_identity::{
 use reqwest::Client;
 use reqwest::header::HeaderValue;
 
-use super::super::rest::said;
 use super::super::{Cause, Secret};
 use super::AzureSettings;
+use crate::rest::said;
 
 /// Who this shield is.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -16,7 +16,7 @@ use tokio::sync::Mutex;
 use zeroize::Zeroizing;
 
 use super::super::Cause;
-use super::super::rest::said;
+use crate::rest::said;
 
 /// What a token is for, and no more than that.
 const SCOPE: &str = "https://www.googleapis.com/auth/cloudkms";

@@ -1,5 +1,9 @@
-//! What providers that are called by their REST APIs share: a client that follows nobody elsewhere, bodies that are
-//! cleared behind the call, and answers that are read to a bound.
+//! What all who call somebody's REST API share: a client that follows nobody elsewhere, bodies that are cleared behind
+//! the call, and answers that are read to a bound.
+//!
+//! Deliberately absent: retries and what an answer means, which are the caller's.
+
+mod secret;
 
 use std::error::Error;
 use std::fmt::Display;
@@ -11,9 +15,10 @@ use reqwest::header::{CONTENT_TYPE, HeaderMap};
 use reqwest::{Client, RequestBuilder, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use thiserror::Error;
 use zeroize::Zeroizing;
 
-use super::Cause;
+pub use secret::{Credential, Secret};
 
 const AGENT: &str = concat!("keyshield/", env!("CARGO_PKG_VERSION"));
 /// Answers are a few kilobytes: an RSA key with its attributes is the longest.
@@ -23,12 +28,12 @@ const BODY_BYTES: usize = 4 << 10;
 /// What a server says about an error, as far as it is shown.
 const MAX_SAID: usize = 300;
 
-/// `timeout` is for connecting; the [`super::Guard`] has one for the whole call. Of certificate authorities, those in
+/// `timeout` is for connecting; who calls has one for the whole call. Of certificate authorities, those in
 /// the PEM file alone are trusted, or the system's where there is none.
 ///
 /// # Errors
 /// A file that cannot be read or holds no certificate.
-pub(super) fn client(ca_file: Option<&Path>, timeout: Duration) -> Result<Client, String> {
+pub(crate) fn client(ca_file: Option<&Path>, timeout: Duration) -> Result<Client, String> {
     // The provider that the data plane's connections use too. An error says that it is there already.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut client = Client::builder()
@@ -47,41 +52,51 @@ pub(super) fn client(ca_file: Option<&Path>, timeout: Duration) -> Result<Client
     client.build().map_err(|error| error.to_string())
 }
 
+/// Why there is no answer.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub(crate) enum RestError {
+    #[error("{0}")]
+    Unreachable(String),
+    #[error("{0}")]
+    TooLong(String),
+}
+
 /// An answer, read to its end.
-pub(super) struct Answer {
+pub(crate) struct Answer {
     pub status: StatusCode,
-    #[cfg_attr(
-        not(feature = "kms-azure"),
-        expect(dead_code, reason = "Key Vault's clock is what is read there")
-    )]
     pub headers: HeaderMap,
     body: Zeroizing<Vec<u8>>,
 }
 
 impl Answer {
+    pub(crate) fn body(&self) -> &[u8] {
+        &self.body
+    }
+
     /// `None` for a body that is not such JSON. The parser's own error may quote what it stumbled over.
-    pub(super) fn json<T: DeserializeOwned>(&self) -> Option<T> {
+    pub(crate) fn json<T: DeserializeOwned>(&self) -> Option<T> {
         serde_json::from_slice(&self.body).ok()
     }
 }
 
 /// A request's JSON, cleared when it was sent.
-pub(super) fn with_json(request: RequestBuilder, value: &impl Serialize) -> RequestBuilder {
+pub(crate) fn with_json(request: RequestBuilder, value: &impl Serialize) -> RequestBuilder {
     let mut body = Zeroizing::new(Vec::with_capacity(BODY_BYTES));
     serde_json::to_writer(&mut *body, value).expect("plain structures of text become JSON");
     request.header(CONTENT_TYPE, "application/json").body(Bytes::from_owner(body))
 }
 
 /// Sends, and reads the answer whatever its status. `at`: who is called, for the error.
-pub(super) async fn send(request: RequestBuilder, at: &str) -> Result<Answer, Cause> {
-    let unreachable =
-        |error: reqwest::Error| Cause::Unavailable(format!("{at} cannot be reached: {}", deepest(&error)));
+pub(crate) async fn send(request: RequestBuilder, at: &str) -> Result<Answer, RestError> {
+    let unreachable = |error: reqwest::Error| {
+        RestError::Unreachable(format!("{at} cannot be reached: {}", deepest(&error)))
+    };
     let mut response = request.send().await.map_err(unreachable)?;
     let (status, headers) = (response.status(), std::mem::take(response.headers_mut()));
     let mut body = Zeroizing::new(Vec::with_capacity(BODY_BYTES));
     while let Some(chunk) = response.chunk().await.map_err(unreachable)? {
         if body.len() + chunk.len() > MAX_ANSWER_BYTES {
-            return Err(Cause::Refused(format!(
+            return Err(RestError::TooLong(format!(
                 "{at} answers at too great length; is it the right address?"
             )));
         }
@@ -91,12 +106,16 @@ pub(super) async fn send(request: RequestBuilder, at: &str) -> Result<Answer, Ca
 }
 
 /// What is at the bottom of an error, in one line.
-pub(super) fn deepest(error: &(dyn Error + 'static)) -> String {
-    said(&super::deepest(error).to_string())
+pub(crate) fn deepest(error: &(dyn Error + 'static)) -> String {
+    let mut deepest = error;
+    while let Some(source) = deepest.source() {
+        deepest = source;
+    }
+    said(&deepest.to_string())
 }
 
 /// What somebody else says, in one line of a length that a log bears.
-pub(super) fn said(text: &str) -> String {
+pub(crate) fn said(text: &str) -> String {
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     match line.char_indices().nth(MAX_SAID) {
         Some((end, _)) => format!("{}…", &line[..end]),

@@ -1,0 +1,84 @@
+//! CustomCdn: not connected yet.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::{Cdn, CdnError, CdnFault, CdnLimits, DeliveryMode, Edge, KeySeen, Purge, Rate};
+use crate::keys::{KeyId, SealedKey};
+use crate::rest::Credential;
+
+/// Where the HTTP API of `docs/custom-cdn.openapi.yaml` is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CustomSettings {
+    /// What stands before `/v1/…` and `/healthz`.
+    pub api_url: String,
+    /// A bearer token.
+    pub token: Option<Credential>,
+    /// Of certificate authorities, those that alone are trusted; `None` for the system's.
+    pub ca_file: Option<PathBuf>,
+    /// The longest time of one call.
+    pub timeout: Duration,
+}
+
+/// CustomCdn.
+#[derive(Debug)]
+pub struct CustomCdn {
+    #[expect(dead_code, reason = "to come")]
+    settings: CustomSettings,
+    #[expect(dead_code, reason = "to come")]
+    mode: DeliveryMode,
+    edge: Edge,
+}
+
+impl CustomCdn {
+    /// # Errors
+    /// A setting that cannot be used.
+    pub fn new(settings: CustomSettings, mode: DeliveryMode, edge: Edge) -> Result<Self, CdnError> {
+        Ok(Self { settings, mode, edge })
+    }
+}
+
+fn to_come() -> CdnError {
+    CdnError::new(CdnFault::Invalid, "to come")
+}
+
+#[async_trait]
+impl Cdn for CustomCdn {
+    fn limits(&self) -> CdnLimits {
+        let rate = Rate { calls: 1, per: Duration::from_secs(1) };
+        CdnLimits {
+            keys_per_call: 1,
+            tags_per_purge: 1,
+            urls_per_purge: 1,
+            writes: rate,
+            purges: rate,
+            settles_within: Duration::ZERO,
+        }
+    }
+
+    async fn put_keys(&self, _keys: &[SealedKey]) -> Result<(), CdnError> {
+        Err(to_come())
+    }
+
+    async fn delete_keys(&self, _keys: &[KeyId]) -> Result<(), CdnError> {
+        Err(to_come())
+    }
+
+    async fn verify(&self, key: KeyId) -> Result<KeySeen, CdnError> {
+        self.edge.verify(key).await
+    }
+
+    async fn has_cached(&self, path: &str, key: KeyId) -> Result<bool, CdnError> {
+        self.edge.has_cached(path, key).await
+    }
+
+    async fn purge(&self, _purge: &Purge) -> Result<(), CdnError> {
+        Err(to_come())
+    }
+
+    async fn health(&self) -> Result<(), CdnError> {
+        Err(to_come())
+    }
+}
