@@ -7,8 +7,9 @@
 #   scripts/bootstrap.sh demo    the same: the demo itself needs nothing else
 #   scripts/bootstrap.sh test    also ffmpeg, GStreamer, VLC, Chromium, Node and
 #                                the packages of tests/players (hls.js, Shaka
-#                                Player, video.js, Shaka Packager), openssl,
-#                                curl, PostgreSQL, nginx, Python and the
+#                                Player, video.js, Shaka Packager) and tests/edge
+#                                (miniflare, the Fastly CLI), openssl, curl,
+#                                PostgreSQL, nginx, varnish, Python and the
 #                                packages of tests/tools (the default)
 #
 # Why this shape: it asks for commands, not for packages, so a compiler or a
@@ -16,7 +17,7 @@
 # gets no apt call, no network access and no output. What it does install, it
 # names, one line each; the installers' own output is shown only when they fail.
 #
-# PostgreSQL and nginx are wanted as programs, which the tests start themselves:
+# PostgreSQL, nginx and varnish are wanted as programs, which the tests start themselves:
 # installing them here makes no database cluster and starts no service, now or at
 # the next boot.
 #
@@ -34,10 +35,7 @@ readonly FAILURE_LINES=20
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 readonly root
-readonly players_dir=$root/tests/players
-# A copy of the lock file that node_modules was installed from. Contents, not
-# times, are compared: a checkout or an image layer may set any time it likes.
-readonly stamp=$players_dir/node_modules/.bootstrap-lock.json
+readonly node_dirs=("$root/tests/players" "$root/tests/edge")
 readonly tools_dir=$root/tests/tools
 readonly venv=$tools_dir/.venv
 # Likewise, of the requirements that the venv was made from.
@@ -76,7 +74,9 @@ main() {
 
     if [[ $target == test ]]; then
         check_node
-        install_node_packages
+        for dir in "${node_dirs[@]}"; do
+            install_node_packages "$dir"
+        done
         check_python
         install_python_packages
     fi
@@ -117,6 +117,7 @@ want_test_tools() {
     compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || packages+=(postgresql)
     # Not in the PATH of everybody.
     [[ -x /usr/sbin/nginx ]] || want nginx nginx
+    [[ -x /usr/sbin/varnishd ]] || want varnish varnishd
     python_serves || packages+=(python3 python3-venv)
 }
 
@@ -203,7 +204,7 @@ hold_services() {
     if [[ " ${packages[*]} " == *" postgresql "* ]]; then
         write_for_now "$no_cluster" 644 'create_main_cluster = false'
     fi
-    if [[ " ${packages[*]} " =~ \ (postgresql|nginx)\  && ! -e $policy ]]; then
+    if [[ " ${packages[*]} " =~ \ (postgresql|nginx|varnish)\  && ! -e $policy ]]; then
         write_for_now "$policy" 755 '#!/bin/sh' '# scripts/bootstrap.sh is installing: services stay as they are.' 'exit 101'
     fi
 }
@@ -213,12 +214,14 @@ release_services() {
         "${as_root[@]}" rm -f -- "${written[@]}"
         written=()
     fi
-    if [[ " ${packages[*]} " == *" nginx "* ]]; then
-        # It would listen on port 80 from the next boot on.
-        local disable=(update-rc.d nginx disable)
-        ! command -v systemctl >/dev/null || disable=(systemctl disable nginx.service)
+    local service
+    for service in nginx varnish; do
+        [[ " ${packages[*]} " == *" $service "* ]] || continue
+        # It would listen from the next boot on.
+        local disable=(update-rc.d "$service" disable)
+        ! command -v systemctl >/dev/null || disable=(systemctl disable "$service.service")
         run_quietly "${as_root[@]}" "${disable[@]}" || fail_with_log "this command failed: ${disable[*]}"
-    fi
+    done
 }
 
 # write_for_now FILE MODE LINE... : a file that goes when the packages are there, or when this script ends.
@@ -251,15 +254,19 @@ check_node() {
 }
 
 install_node_packages() {
-    local lock=$players_dir/package-lock.json
+    local dir=$1
+    local lock=$dir/package-lock.json
+    # A copy of the lock file that node_modules was installed from. Contents, not
+    # times, are compared: a checkout or an image layer may set any time it likes.
+    local stamp=$dir/node_modules/.bootstrap-lock.json
     [[ -e $lock ]] || die "$lock is missing"
     if cmp -s -- "$lock" "$stamp"; then
         return
     fi
-    echo "bootstrap: installing the Node packages of tests/players"
+    echo "bootstrap: installing the Node packages of ${dir#"$root"/}"
     # No package needs a script at its installation; none is given the chance.
-    run_quietly npm ci --prefix "$players_dir" --ignore-scripts --no-audit --no-fund ||
-        fail_with_log "npm ci failed in $players_dir"
+    run_quietly npm ci --prefix "$dir" --ignore-scripts --no-audit --no-fund ||
+        fail_with_log "npm ci failed in $dir"
     cp -- "$lock" "$stamp"
 }
 
