@@ -202,7 +202,7 @@ impl Core {
         let id = &stream.id;
         let mut known = stream.known.write();
         match op {
-            WriteOp::PutDek(_) | WriteOp::PutKeys(_) => {}
+            WriteOp::PutDek(_) | WriteOp::PutKeys(_) | WriteOp::PutIncident(_) => {}
             WriteOp::Promote { upto, reason, actor, at } => {
                 let mut promoted = Vec::new();
                 let waiting =

@@ -80,6 +80,20 @@ random_id! {
     DekId, "DEK ID"
 }
 
+random_id! {
+    /// Names an incident. Its first 48 bits are the time in milliseconds, so that IDs sort by it.
+    IncidentId, "incident ID"
+}
+
+impl IncidentId {
+    /// An ID of this moment, the rest of it at random.
+    pub fn at(now: super::time::Timestamp, random: [u8; ID_LEN]) -> Self {
+        let mut bytes = random;
+        bytes[..6].copy_from_slice(&now.as_unix_millis().to_be_bytes()[2..]);
+        Self(bytes)
+    }
+}
+
 /// A DEK's place among its stream's DEKs: 1, 2, 3 …
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DekVersion(pub u32);

@@ -77,6 +77,7 @@ impl Store {
             [Write { op: WriteOp::PutDek(_), .. }, ..] => self.put_deks(tx, writes).await,
             [Write { op: WriteOp::PutKeys(_), .. }, ..] => self.put_keys(tx, writes).await,
             [Write { op: WriteOp::ShredDek { .. }, .. }, ..] => self.shred_deks(tx, writes).await,
+            [Write { op: WriteOp::PutIncident(_), .. }, ..] => self.put_incidents(tx, writes).await,
             _ => self.change_keys(tx, writes).await,
         }
     }
@@ -207,6 +208,15 @@ impl Store {
         }
         let is_shredded = |write: &&Write| id(write).is_some_and(|id| shredded.contains(&id));
         Ok(writes.iter().map(|write| Applied::Changed(u64::from(is_shredded(write)))).collect())
+    }
+
+    async fn put_incidents(&self, tx: &mut Tx, writes: &[&Write]) -> Result<Vec<Applied>, StoreError> {
+        let mut applied = Vec::with_capacity(writes.len());
+        for write in writes {
+            let WriteOp::PutIncident(incident) = &write.op else { continue };
+            applied.push(Applied::Changed(u64::from(self.put_incident(tx, incident).await?)));
+        }
+        Ok(applied)
     }
 
     async fn change_keys(&self, tx: &mut Tx, writes: &[&Write]) -> Result<Vec<Applied>, StoreError> {
@@ -345,7 +355,11 @@ impl Change {
                     .to_owned()),
             ),
             // Those that put something in do not come here.
-            WriteOp::Force { .. } | WriteOp::PutDek(_) | WriteOp::PutKeys(_) | WriteOp::ShredDek { .. } => {
+            WriteOp::Force { .. }
+            | WriteOp::PutDek(_)
+            | WriteOp::PutKeys(_)
+            | WriteOp::PutIncident(_)
+            | WriteOp::ShredDek { .. } => {
                 ("force: before", "forced = 1".to_owned(), one("k.state = 'active'".to_owned()))
             }
         };
@@ -357,7 +371,10 @@ impl Change {
 fn changed(stream: &StreamId, op: &WriteOp) -> Vec<Value> {
     let (stream, millis) = (stream.as_str(), Timestamp::as_unix_millis);
     match op {
-        WriteOp::PutDek(_) | WriteOp::PutKeys(_) | WriteOp::ShredDek { .. } => Vec::new(),
+        WriteOp::PutDek(_)
+        | WriteOp::PutKeys(_)
+        | WriteOp::PutIncident(_)
+        | WriteOp::ShredDek { .. } => Vec::new(),
         WriteOp::Promote { upto, reason, actor, at } => vec![json!({
             "stream": stream, "n": upto.0, "at": millis(*at), "reason": reason.name(), "actor": actor,
             "forced": i64::from(Reason::is_forced(reason.name())),

@@ -1,4 +1,5 @@
-//! What must survive the process, and what nodes tell one another: streams, wrapped keys, boundaries.
+//! What must survive the process, and what nodes tell one another: streams, wrapped keys, boundaries,
+//! what CDNs have, incidents.
 //!
 //! One [`Store`] over SQLite (one file, one process) and PostgreSQL (a fleet): the same tables and, but for a few
 //! words, the same statements. Every method is one transaction, and doing it twice is doing it once. The store
@@ -7,14 +8,18 @@
 
 mod apply;
 mod deks;
+mod deliveries;
 mod dialect;
 mod fleet;
+mod incidents;
 mod keys;
 mod open;
 mod rows;
 mod schedules;
 mod streams;
 
+pub use deliveries::{CdnStateRow, DeliveryRow, DeliveryState};
+pub use incidents::{IncidentCdnRow, IncidentRow, PurgeState};
 pub use deks::{DekCursor, Replaced, StoredDek};
 pub use fleet::{Changes, Lease, News};
 pub use keys::{Applied, Write, WriteOp};

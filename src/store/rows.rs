@@ -205,11 +205,11 @@ fn flag(row: &AnyRow, column: &'static str) -> Result<bool, StoreError> {
     Ok(row.try_get::<i64, _>(column)? != 0)
 }
 
-fn time(row: &AnyRow, column: &'static str) -> Result<Timestamp, StoreError> {
+pub(super) fn time(row: &AnyRow, column: &'static str) -> Result<Timestamp, StoreError> {
     Ok(Timestamp::from_unix_millis(row.try_get(column)?))
 }
 
-fn optional_time(row: &AnyRow, column: &'static str) -> Result<Option<Timestamp>, StoreError> {
+pub(super) fn optional_time(row: &AnyRow, column: &'static str) -> Result<Option<Timestamp>, StoreError> {
     Ok(row.try_get::<Option<i64>, _>(column)?.map(Timestamp::from_unix_millis))
 }
 
@@ -226,7 +226,7 @@ pub(super) fn parsed<T: std::str::FromStr>(row: &AnyRow, column: &'static str) -
     text.parse().map_err(|_| unreadable(column, text))
 }
 
-fn named<T>(row: &AnyRow, column: &'static str, read: impl Fn(&str) -> Option<T>) -> Result<T, StoreError> {
+pub(super) fn named<T>(row: &AnyRow, column: &'static str, read: impl Fn(&str) -> Option<T>) -> Result<T, StoreError> {
     let text: String = row.try_get(column)?;
     read(&text).ok_or_else(|| unreadable(column, text))
 }

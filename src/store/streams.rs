@@ -241,12 +241,14 @@ impl Store {
             if query.execute(&mut *tx).await?.rows_affected() == 0 {
                 return Ok(None);
             }
-            let mut counts = [0; 4];
+            let mut counts = [0; 6];
             let statements = [
                 "DELETE FROM boundaries WHERE stream_id = $1",
                 "DELETE FROM renditions WHERE stream_id = $1",
                 "DELETE FROM content_keys WHERE stream_id = $1",
                 "DELETE FROM deks WHERE stream_id = $1",
+                "DELETE FROM incident_cdns WHERE incident_id IN (SELECT id FROM incidents WHERE stream_id = $1)",
+                "DELETE FROM incidents WHERE stream_id = $1",
             ];
             for (sql, count) in statements.into_iter().zip(&mut counts) {
                 fault::point("erase: before its rows");
@@ -254,7 +256,7 @@ impl Store {
             }
             self.tell(&mut tx).await?;
             commit(tx, "erase: before the commit", "erase: committed").await?;
-            let [_, renditions, keys, deks] = counts;
+            let [_, renditions, keys, deks, ..] = counts;
             Ok(Some(Removed { deks, keys, renditions }))
         })
         .await;
