@@ -15,9 +15,11 @@ mod fastly;
 mod plain;
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use url::Url;
 
 pub use cloudflare::{Cloudflare, CloudflareSettings};
 #[cfg(feature = "cdn-cloudfront")]
@@ -28,7 +30,7 @@ pub use error::{CdnError, CdnFault};
 pub use fastly::{Fastly, FastlySettings};
 pub use plain::PlainCdn;
 
-use crate::keys::{CheckValue, EdgeCipher, KeyId, SealedKey};
+use crate::keys::{EdgeCipher, EdgeSecret, KeyId, SealedKey};
 
 /// How keys come to players through a CDN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -90,6 +92,37 @@ pub struct Purge {
     pub prefixes: Vec<String>,
 }
 
+/// A CDN of this shield, by the name that its operator gave it.
+#[derive(Debug, Clone)]
+pub struct NamedCdn {
+    pub name: String,
+    /// `cloudfront`, `cloudflare`, `fastly`, `custom`, `plain`.
+    pub kind: &'static str,
+    pub mode: DeliveryMode,
+    /// Where players reach it: `https://cdn.example.com`.
+    pub edge: String,
+    /// Seals keys for its edge; there in push mode.
+    pub secret: Option<EdgeSecret>,
+    pub cdn: Arc<dyn Cdn>,
+}
+
+impl NamedCdn {
+    /// Whether an address that a stream names, a URL or a host, is this CDN's.
+    pub fn is_at(&self, endpoint: &str) -> bool {
+        place_of(endpoint).is_some_and(|place| Some(place) == place_of(&self.edge))
+    }
+}
+
+/// Host and port; a host alone is reached by https.
+fn place_of(address: &str) -> Option<(String, Option<u16>)> {
+    let parsed = match address.contains("://") {
+        true => Url::parse(address),
+        false => Url::parse(&format!("https://{address}")),
+    };
+    let url = parsed.ok()?;
+    Some((url.host_str()?.to_owned(), url.port_or_known_default()))
+}
+
 /// One CDN, as far as the shield asks anything of it. Doing a thing twice is doing it once. Calls end by themselves,
 /// in the time that their settings give them.
 #[async_trait]
@@ -121,7 +154,17 @@ pub trait Cdn: fmt::Debug + Send + Sync {
     async fn health(&self) -> Result<(), CdnError>;
 }
 
-/// Compares what the edge has with what it should have.
-pub fn is_verified(seen: &KeySeen, expected: CheckValue) -> bool {
-    matches!(seen, KeySeen::Has(value) if *value == expected)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_the_same_with_and_without_its_scheme() {
+        let same = |a: &str, b: &str| place_of(a).is_some() && place_of(a) == place_of(b);
+        assert!(same("cdn.example.com", "https://cdn.example.com/"));
+        assert!(same("https://CDN.example.com:443/live", "cdn.example.com"));
+        assert!(same("http://127.0.0.1:8090", "http://127.0.0.1:8090/"));
+        assert!(!same("http://cdn.example.com", "https://cdn.example.com"));
+        assert!(!same("cdn1.example.com", "cdn2.example.com") && !same("", ""));
+    }
 }

@@ -4,6 +4,7 @@
 //! reasons, and the engine carries them out. Deliberately absent: storage, clocks, randomness, and any
 //! knowledge of playlist text or HTTP.
 
+mod delivery;
 mod derive;
 mod edge;
 mod envelope;
@@ -18,13 +19,14 @@ mod secret;
 mod sweep;
 mod time;
 
+pub use delivery::{CdnSet, belongs_at_edges};
 pub use derive::{ByteRange, Iv, IvMode, LinkMac, Place, RenditionTag, Resource};
 pub use edge::{
     CheckValue, EDGE_NONCE_LEN, EdgeCipher, EdgeError, EdgeSecret, SealedKey, TokenScope, open_at_edge,
     seal_for_edge, viewer_token,
 };
 pub use envelope::{Context, EnvelopeError, NONCE_LEN, SEAL_OVERHEAD, open, seal};
-pub use ids::{DekId, DekVersion, IdError, KeyId, MediaSequenceNumber, Ordinal, StreamId};
+pub use ids::{DekId, DekVersion, IdError, IncidentId, KeyId, MediaSequenceNumber, Ordinal, StreamId};
 pub use lifecycle::{KeyState, TRANSITIONS, Transition};
 pub use plan::{Situation, plan};
 pub use policy::{KeyMethod, NO_IV_MODE, OnEncrypted, Policy, PolicyError, Subtitles};
