@@ -15,20 +15,21 @@ mod fastly;
 mod plain;
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 
 pub use cloudflare::{Cloudflare, CloudflareSettings};
 #[cfg(feature = "cdn-cloudfront")]
-pub use cloudfront::{CloudFront, CloudFrontSettings};
+pub use cloudfront::{CloudFront, CloudFrontSettings, SignerSettings};
 pub use custom::{CustomCdn, CustomSettings};
 pub use edge::{Edge, EdgeSettings, KeySeen, ProbeHeaders};
 pub use error::{CdnError, CdnFault};
 pub use fastly::{Fastly, FastlySettings};
 pub use plain::PlainCdn;
 
-use crate::keys::{CheckValue, EdgeCipher, KeyId, SealedKey};
+use crate::keys::{CheckValue, EdgeCipher, EdgeSecret, KeyId, SealedKey};
 
 /// How keys come to players through a CDN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -119,6 +120,18 @@ pub trait Cdn: fmt::Debug + Send + Sync {
 
     /// Whether the API answers and lets this shield do its work. Changes nothing.
     async fn health(&self) -> Result<(), CdnError>;
+}
+
+/// A CDN by the name that its configuration gives it. `Debug` does not show the secret.
+#[derive(Debug, Clone)]
+pub struct NamedCdn {
+    pub name: String,
+    /// Whose it is, as the configuration says: `cloudflare`; `plain` for one of which only the address is known.
+    pub kind: &'static str,
+    pub mode: DeliveryMode,
+    /// Seals its keys; always there in push mode.
+    pub secret: Option<EdgeSecret>,
+    pub cdn: Arc<dyn Cdn>,
 }
 
 /// Compares what the edge has with what it should have.
