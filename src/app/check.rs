@@ -4,7 +4,9 @@ use std::fmt::Write;
 
 use serde_json::json;
 
-use crate::config::{Config, Effective, EffectiveValue, Environment, JwksSource, KmsConfig, masked_url};
+use crate::config::{
+    Config, Effective, EffectiveValue, Environment, JwksSource, KmsConfig, endpoint_name, masked_url,
+};
 
 /// Longer lines do not push the column of sources to the right.
 const LONGEST_ALIGNED: usize = 60;
@@ -76,6 +78,16 @@ fn summary(config: &Config) -> String {
     }
     for kms in &config.kms.also {
         line(format_args!("held too    {}", kms.provider()));
+    }
+    for cdn in &config.cdns {
+        let (kind, mode) = (cdn.vendor.kind(), cdn.mode.name());
+        line(format_args!("CDN         {}: {kind}, {mode}, players at {}", cdn.name, cdn.edge_url));
+    }
+    for url in &config.cdn.endpoints {
+        line(format_args!(
+            "CDN         {}: known by its address alone, players at {url}",
+            endpoint_name(url)
+        ));
     }
     for token in &config.tokens {
         line(format_args!("token       {}: {}", token.name, token.role.name()));

@@ -17,6 +17,8 @@ pub struct CloudflareSettings {
     /// The Workers KV namespace that the worker is bound to; empty in pull mode.
     pub namespace_id: String,
     pub zone_id: String,
+    /// What the zone's plan allows.
+    pub purges_per_minute: u32,
     pub token: Credential,
     /// The longest time of one call.
     pub timeout: Duration,

@@ -23,7 +23,7 @@ use url::Url;
 
 pub use cloudflare::{Cloudflare, CloudflareSettings};
 #[cfg(feature = "cdn-cloudfront")]
-pub use cloudfront::{CloudFront, CloudFrontSettings};
+pub use cloudfront::{CloudFront, CloudFrontSettings, SignerSettings};
 pub use custom::{CustomCdn, CustomSettings};
 pub use edge::{Edge, EdgeSettings, KeySeen, ProbeHeaders};
 pub use error::{CdnError, CdnFault};

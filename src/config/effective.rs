@@ -55,7 +55,14 @@ fn flatten(path: &str, value: Value, found: &mut impl FnMut(String, Value)) {
 }
 
 /// Keys whose values are not shown.
-const SECRETS: [&str; 2] = ["kms.azure.client_secret", "kms.vault.token"];
+const SECRETS: [&str; 6] = [
+    "cdn.cloudflare_api_token",
+    "cdn.custom_token",
+    "cdn.edge_secret",
+    "cdn.fastly_api_token",
+    "kms.azure.client_secret",
+    "kms.vault.token",
+];
 
 /// The value without what is secret in it.
 pub(super) fn masked(key: &str, value: Value) -> Value {

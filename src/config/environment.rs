@@ -37,19 +37,21 @@ const GUIDE: [(&str, Meaning); 12] = [
         "KMS_KEY_RING",
         Meaning::OfProviders(&["kms.aws.key", "kms.azure.vault", "kms.gcp.key_ring", "kms.vault.key"]),
     ),
-    ("CDN_ENDPOINTS", Meaning::NotYet),
-    ("CDN_SYNC_TIMEOUT", Meaning::NotYet),
-    ("CDN_RETRY_ATTEMPTS", Meaning::NotYet),
+    ("CDN_ENDPOINTS", Meaning::Sets("cdn.endpoints")),
+    ("CDN_SYNC_TIMEOUT", Meaning::Sets("cdn.sync_timeout_millis")),
+    ("CDN_RETRY_ATTEMPTS", Meaning::Sets("cdn.retry_attempts")),
     ("AUDIT_LOGGING_ENABLED", Meaning::NotYet),
 ];
 
-/// What clouds and their tools set for every program, so that it is taken where it is needed and not missed elsewhere.
-const OF_CLOUDS: [(&str, Meaning); 6] = [
+/// What clouds, CDNs and their tools set for every program, so that it is taken where it is needed and not missed elsewhere.
+const OF_CLOUDS: [(&str, Meaning); 8] = [
     ("AZURE_AUTHORITY_HOST", Meaning::Sets("kms.azure.authority_host")),
     ("AZURE_CLIENT_ID", Meaning::Sets("kms.azure.client_id")),
     ("AZURE_CLIENT_SECRET", Meaning::Sets("kms.azure.client_secret")),
     ("AZURE_FEDERATED_TOKEN_FILE", Meaning::Sets("kms.azure.federated_token_file")),
     ("AZURE_TENANT_ID", Meaning::Sets("kms.azure.tenant_id")),
+    ("CLOUDFLARE_API_TOKEN", Meaning::Sets("cdn.cloudflare_api_token")),
+    ("FASTLY_API_TOKEN", Meaning::Sets("cdn.fastly_api_token")),
     ("GOOGLE_CLOUD_PROJECT", Meaning::Sets("kms.gcp.project")),
 ];
 
@@ -135,8 +137,11 @@ impl Environment {
 
 fn unknown(name: &str) -> ConfigError {
     let variables: Vec<_> = schema::get().keys().iter().map(Key::variable).collect();
-    let hint = match nearest(name, variables.iter().map(String::as_str)) {
-        Some(near) => format!("; did you mean {near}?"),
+    // What all have in common makes none of them a likely slip.
+    let own = |name: &str| name.trim_start_matches(PREFIX).to_owned();
+    let known: Vec<_> = variables.iter().map(|variable| own(variable)).collect();
+    let hint = match nearest(&own(name), known.iter().map(String::as_str)) {
+        Some(near) => format!("; did you mean {PREFIX}{near}?"),
         None => format!("; a key such as shield.listen is called {PREFIX}SHIELD_LISTEN"),
     };
     ConfigError::UnknownVariable { name: name.to_owned(), hint }
@@ -202,6 +207,10 @@ mod tests {
         check("KMS_PROVIDER", "AWS", ("kms.provider", "\"aws\""));
         check("KMS_PROVIDER", "Azure", ("kms.provider", "\"azure\""));
         check("KMS_PROVIDER", "GCP", ("kms.provider", "\"gcp\""));
+        let cdns = "[\"cdn1.example.com\", \"cdn2.example.com\"]";
+        check("CDN_ENDPOINTS", "cdn1.example.com,cdn2.example.com", ("cdn.endpoints", cdns));
+        check("CDN_SYNC_TIMEOUT", "5000", ("cdn.sync_timeout_millis", "5000"));
+        check("CDN_RETRY_ATTEMPTS", "5", ("cdn.retry_attempts", "5"));
         let region = "\"us-east-1\"";
         check_all("KMS_REGION", "us-east-1", &[("kms.aws.region", region), ("kms.gcp.location", region)]);
         let key = "\"video-keys\"";
@@ -214,6 +223,8 @@ mod tests {
     fn what_clouds_say_of_a_program_is_taken() {
         check("GOOGLE_CLOUD_PROJECT", "video", ("kms.gcp.project", "\"video\""));
         check("AZURE_CLIENT_SECRET", "sesame", ("kms.azure.client_secret", "\"sesame\""));
+        check("CLOUDFLARE_API_TOKEN", "sesame", ("cdn.cloudflare_api_token", "\"sesame\""));
+        check("FASTLY_API_TOKEN", "sesame", ("cdn.fastly_api_token", "\"sesame\""));
         assert_eq!(given(&[("GOOGLE_CLOUD_REGION", "a"), ("AZURE_HTTP_USER_AGENT", "b")]).unwrap(), []);
     }
 
@@ -316,10 +327,11 @@ mod tests {
 
     #[test]
     fn what_is_not_honoured_yet_is_said() {
-        let set = environment(&[("CDN_ENDPOINTS", "a"), ("PRE_GENERATE_KEYS", "3"), ("KMS_REGION", "b")]);
+        let set =
+            environment(&[("AUDIT_LOGGING_ENABLED", "a"), ("PRE_GENERATE_KEYS", "3"), ("KMS_REGION", "b")]);
         let wraps = crate::config::KmsConfig::Local { master_key_file: "keyshield.master".into() };
         let local = KeyringConfig { wraps, also: Vec::new() };
-        assert_eq!(set.ignored(&local), ["KMS_REGION", "CDN_ENDPOINTS"]);
+        assert_eq!(set.ignored(&local), ["KMS_REGION", "AUDIT_LOGGING_ENABLED"]);
         assert_eq!(environment(&[("KMS_KEY_RING", "a")]).ignored(&local), ["KMS_KEY_RING"]);
         #[cfg(feature = "kms-vault")]
         {

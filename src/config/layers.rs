@@ -366,11 +366,18 @@ mod tests {
             ("KMS_PROVIDER", "Vault"),
             ("KEYSHIELD_KMS_VAULT_TOKEN", "s.sesame"),
             ("AZURE_CLIENT_SECRET", "open.sesame"),
+            ("KEYSHIELD_CDN_EDGE_SECRET", hash.as_str()),
+            ("CLOUDFLARE_API_TOKEN", "cf.sesame"),
+            ("FASTLY_API_TOKEN", "fastly.sesame"),
+            ("KEYSHIELD_CDN_CUSTOM_TOKEN", "custom.sesame"),
         ];
         let effective = load("", &variables, &[]).unwrap();
         assert!(shown(&effective, "store.database").starts_with("\"postgres://user:***@db.example/keys\""));
         assert!(shown(&effective, "kms.vault.token").starts_with("\"***\""));
         assert!(shown(&effective, "kms.azure.client_secret").starts_with("\"***\""));
+        for key in ["edge_secret", "cloudflare_api_token", "fastly_api_token", "custom_token"] {
+            assert!(shown(&effective, &format!("cdn.{key}")).starts_with("\"***\""), "{key}");
+        }
         assert!(shown(&effective, "control.tokens[0].sha256").starts_with("\"01234567…\""));
         let debug = format!("{effective:?}");
         assert!(!debug.contains("sesame") && !debug.contains(&hash), "{debug}");

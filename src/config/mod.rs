@@ -7,6 +7,7 @@
 
 mod access;
 mod alerts;
+mod cdn;
 mod checks;
 mod database;
 mod effective;
@@ -25,6 +26,7 @@ use std::path::Path;
 use std::time::Duration;
 
 pub use access::{AccessToken, JwksSource, JwtConfig, Role};
+pub use cdn::{CdnConfig, CdnRules, CdnVendor, endpoint_name};
 use checks::{YEAR_SECS, address, between, field, key_uri_base, log_filter, millis, mount, secs};
 pub use database::Database;
 pub use effective::{Effective, EffectiveValue};
@@ -72,6 +74,9 @@ pub struct Config {
     pub deks: DekConfig,
     /// Where alerts are told to.
     pub alert_webhook: Option<WebhookUrl>,
+    pub cdn: CdnRules,
+    /// Besides those of which only an address is known (`cdn.endpoints`).
+    pub cdns: Vec<CdnConfig>,
     pub sweep_interval: Duration,
     pub key_uri_base: String,
     pub key_max_age: Duration,
@@ -151,6 +156,8 @@ impl Config {
             kms: kms::keyring(&raw.kms)?,
             deks: kms::deks(&raw.kms)?,
             alert_webhook: alerts::webhook(&raw.alerts)?,
+            cdn: cdn::rules(&raw.cdn)?,
+            cdns: cdn::cdns(&raw.cdns, &raw.cdn)?,
             sweep_interval: millis(
                 "keys.sweep_interval_millis",
                 raw.keys.sweep_interval_millis,
@@ -191,7 +198,7 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keys::{IvMode, KeyMethod, OnEncrypted, Subtitles};
+    use crate::keys::{IvMode, KeyMethod, OnEncrypted, Subtitles, SyncPolicy};
 
     fn parse(text: &str) -> Result<Config, String> {
         let raw: RawConfig = toml::from_str(text).map_err(|error| error.to_string())?;
@@ -250,6 +257,16 @@ mod tests {
         );
         assert_eq!(config.jwt.unwrap().audience, "keyshield");
         assert_eq!(config.streams[0].policy.segments_per_key, 50);
+        let kinds: Vec<_> = config.cdns.iter().map(|cdn| cdn.vendor.kind()).collect();
+        assert_eq!(kinds, ["cloudflare", "cloudfront", "fastly", "custom"]);
+        // Each example has every key of its entry.
+        let file: toml::Table = text.join("\n").parse().unwrap();
+        let given = |at: usize, kind: &str| file["cdns"][at][kind].as_table().unwrap().clone();
+        let all = toml::Table::try_from(raw::RawCdn::everything()).unwrap();
+        for (at, kind) in kinds.iter().enumerate() {
+            let keys = |table: &toml::Table| table.keys().cloned().collect::<Vec<_>>();
+            assert_eq!(keys(&given(at, kind)), keys(all[*kind].as_table().unwrap()), "[cdns.{kind}]");
+        }
     }
 
     #[test]
@@ -292,6 +309,7 @@ mod tests {
              [[streams]]\nid = \"ch1\"\nplaylist_url = \"https://origin.example/a.m3u8\"\n\
              [streams.policy]\nsegments_per_key = 20\nrotation_interval_minutes = 0\niv_mode = \"period\"\n\
              on_encrypted = \"rekey\"\nsubtitles = \"clear\"\nsession_keys = true\n\
+             sync_policy = \"best-effort\"\n\
              emergency_rotation_enabled = false\nrevocation_transition_target_durations = 0\n"
         );
         let policy = &parse(&text).unwrap().streams[0].policy;
@@ -301,6 +319,7 @@ mod tests {
         assert_eq!(policy.iv_mode, IvMode::Period);
         assert_eq!((policy.on_encrypted, policy.subtitles), (OnEncrypted::Rekey, Subtitles::Clear));
         assert!(policy.session_keys);
+        assert_eq!(policy.sync_policy, SyncPolicy::BestEffort);
         assert_eq!((policy.emergency_rotation, policy.revocation_transition), (false, 0));
     }
 
@@ -360,6 +379,7 @@ mod tests {
             ("[policy]\niv_mode = \"x\"\n", "policy.iv_mode"),
             ("[policy]\non_encrypted = \"ignore\"\n", "policy.on_encrypted"),
             ("[policy]\nsubtitles = \"x\"\n", "policy.subtitles"),
+            ("[policy]\nsync_policy = \"most\"\n", "policy.sync_policy"),
             ("[policy]\ngrace_period_secs = 99999999999\n", "policy.grace_period_secs"),
             (
                 "[policy]\nrevocation_transition_target_durations = 101\n",
@@ -377,6 +397,7 @@ mod tests {
             ("iv_mode = \"x\"", "iv_mode"),
             ("on_encrypted = \"Reject\"", "on_encrypted"),
             ("subtitles = \"\"", "subtitles"),
+            ("sync_policy = \"none\"", "sync_policy"),
             ("segments_per_key = 0", "segments_per_key"),
             ("rotation_interval_minutes = -1", "rotation_interval_minutes"),
             ("rotation_interval_minutes = nan", "rotation_interval_minutes"),

@@ -3,12 +3,16 @@
 //! These types are also where the names of all keys come from: see `schema`. Texts that hold a secret are left
 //! out of `Debug`.
 
+mod cdn;
+
 use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use super::secrets::{masked_hash, masked_url, masked_webhook};
+pub use cdn::{RawCdn, RawCdnRules, RawCloudFront, RawCloudflare, RawCustom, RawFastly};
+
 use crate::keys::{KeyMethod, Policy};
 
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
@@ -20,6 +24,8 @@ pub struct RawConfig {
     pub store: RawStore,
     pub kms: RawKms,
     pub alerts: RawAlerts,
+    pub cdn: RawCdnRules,
+    pub cdns: Vec<RawCdn>,
     pub keys: RawKeys,
     pub playlists: RawPlaylists,
     pub segments: RawSegments,
@@ -38,6 +44,8 @@ impl Default for RawConfig {
             store: RawStore::default(),
             kms: RawKms::default(),
             alerts: RawAlerts::default(),
+            cdn: RawCdnRules::default(),
+            cdns: Vec::new(),
             keys: RawKeys::default(),
             playlists: RawPlaylists::default(),
             segments: RawSegments::default(),
@@ -465,6 +473,7 @@ pub struct RawPolicy {
     pub on_encrypted: Option<String>,
     pub subtitles: Option<String>,
     pub session_keys: Option<bool>,
+    pub sync_policy: Option<String>,
     pub emergency_rotation_enabled: Option<bool>,
     pub revocation_transition_target_durations: Option<u32>,
 }
@@ -487,6 +496,7 @@ impl RawPolicy {
             on_encrypted: Some(policy.on_encrypted.name().into()),
             subtitles: Some(policy.subtitles.name().into()),
             session_keys: Some(policy.session_keys),
+            sync_policy: Some(policy.sync_policy.name().into()),
             emergency_rotation_enabled: Some(policy.emergency_rotation),
             revocation_transition_target_durations: Some(policy.revocation_transition),
         }
@@ -515,6 +525,7 @@ impl RawPolicy {
             on_encrypted: self.on_encrypted.clone().or_else(|| defaults.on_encrypted.clone()),
             subtitles: self.subtitles.clone().or_else(|| defaults.subtitles.clone()),
             session_keys: self.session_keys.or(defaults.session_keys),
+            sync_policy: self.sync_policy.clone().or_else(|| defaults.sync_policy.clone()),
             emergency_rotation_enabled: self
                 .emergency_rotation_enabled
                 .or(defaults.emergency_rotation_enabled),

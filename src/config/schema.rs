@@ -7,7 +7,9 @@ use std::sync::LazyLock;
 
 use toml::{Table, Value};
 
-use super::raw::{RawConfig, RawControl, RawJwt, RawKms, RawOrigin, RawPolicy, RawStream, RawToken};
+use super::raw::{
+    RawCdn, RawCdnRules, RawConfig, RawControl, RawJwt, RawKms, RawOrigin, RawPolicy, RawStream, RawToken,
+};
 
 /// The configuration with everything given once: tables hold all their keys, lists hold one element.
 fn everything() -> RawConfig {
@@ -18,6 +20,8 @@ fn everything() -> RawConfig {
             jwt: Some(RawJwt { jwks_file: Some(text()), jwks_url: Some(text()), ..RawJwt::default() }),
             ..RawControl::default()
         },
+        cdn: RawCdnRules { endpoints: vec![text()], ..RawCdnRules::default() },
+        cdns: vec![RawCdn::everything()],
         kms: RawKms { also: vec![text()], ..RawKms::default() },
         policy: RawPolicy::guide(),
         origins: vec![RawOrigin { urls: vec![text()], query_params: vec![text()], ..RawOrigin::default() }],
@@ -247,6 +251,10 @@ mod tests {
         let control = &root["control"];
         assert_eq!(names(&control["tokens"][0]), fields("[[control.tokens]]"));
         assert_eq!(names(&control["jwt"]), fields("[control.jwt]"));
+        for kind in ["cloudflare", "cloudfront", "fastly", "custom"] {
+            let header = format!("[[cdns]]\n[cdns.{kind}]");
+            assert_eq!(names(&root["cdns"][0][kind]), fields(&header), "{header}");
+        }
         assert_eq!(names(&root["streams"][0]["policy"]), fields("[[streams]]\n[streams.policy]"));
     }
 

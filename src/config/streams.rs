@@ -7,7 +7,9 @@ use super::checks::{entry, field};
 use super::raw::{RawPolicy, RawStream};
 use super::secrets::masked_url;
 use crate::hls::{Mounts, normalized_path};
-use crate::keys::{IvMode, KeyMethod, NO_IV_MODE, OnEncrypted, Policy, PolicyError, StreamId, Subtitles};
+use crate::keys::{
+    IvMode, KeyMethod, NO_IV_MODE, OnEncrypted, Policy, PolicyError, StreamId, Subtitles, SyncPolicy,
+};
 
 /// A year: whoever wants no time trigger says 0.
 const MAX_INTERVAL_MINUTES: f64 = 525_600.0;
@@ -163,6 +165,13 @@ fn policy(raw: &RawPolicy, place: &str, stream: Option<&str>) -> Result<Policy, 
             Subtitles::from_name(name).ok_or_else(|| named("subtitles", name, why))?
         }
     };
+    let sync_policy = match &raw.sync_policy {
+        None => base.sync_policy,
+        Some(name) => {
+            let why = "must be \"all\", \"quorum\" or \"best-effort\"";
+            SyncPolicy::from_name(name).ok_or_else(|| named("sync_policy", name, why))?
+        }
+    };
     let secs = |value: Option<u64>, default| value.map_or(default, Duration::from_secs);
     let rotation_interval = match raw.rotation_interval_minutes {
         None => base.rotation_interval,
@@ -187,6 +196,7 @@ fn policy(raw: &RawPolicy, place: &str, stream: Option<&str>) -> Result<Policy, 
         on_encrypted,
         subtitles,
         session_keys: raw.session_keys.unwrap_or(base.session_keys),
+        sync_policy,
         emergency_rotation: raw.emergency_rotation_enabled.unwrap_or(base.emergency_rotation),
         revocation_transition: raw
             .revocation_transition_target_durations

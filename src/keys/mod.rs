@@ -29,7 +29,7 @@ pub use envelope::{Context, EnvelopeError, NONCE_LEN, SEAL_OVERHEAD, open, seal}
 pub use ids::{DekId, DekVersion, IdError, IncidentId, KeyId, MediaSequenceNumber, Ordinal, StreamId};
 pub use lifecycle::{KeyState, TRANSITIONS, Transition};
 pub use plan::{Situation, plan};
-pub use policy::{KeyMethod, NO_IV_MODE, OnEncrypted, Policy, PolicyError, Subtitles};
+pub use policy::{KeyMethod, NO_IV_MODE, OnEncrypted, Policy, PolicyError, Subtitles, SyncPolicy};
 pub use schedule::{Boundary, Edge, Marks, PlaylistWindow, Reason, Schedule};
 pub use secret::{CONTENT_SECRET_LEN, ContentKey, ContentSecrets, DataEncryptionKey, LinkKey, SecretError};
 pub use sweep::{KeyFacts, KeyOp, REPORT_INTERVAL, REPORT_SLACK, RenditionFacts, StreamFacts, sweep};

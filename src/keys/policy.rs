@@ -113,6 +113,35 @@ impl Subtitles {
     }
 }
 
+/// Which CDNs must have a stream's next key before it takes its turn. An overdue rotation waits for none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SyncPolicy {
+    /// Every one.
+    #[default]
+    All,
+    /// More than half.
+    Quorum,
+    /// None: it takes its turn, and goes to each as soon as it can.
+    BestEffort,
+}
+
+impl SyncPolicy {
+    pub const ALL: [SyncPolicy; 3] = [SyncPolicy::All, SyncPolicy::Quorum, SyncPolicy::BestEffort];
+
+    /// Its name in the configuration, the API and the store.
+    pub fn name(self) -> &'static str {
+        match self {
+            SyncPolicy::All => "all",
+            SyncPolicy::Quorum => "quorum",
+            SyncPolicy::BestEffort => "best-effort",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|policy| policy.name() == name)
+    }
+}
+
 /// A stream's rules. Build one from [`Policy::default`] and check it with [`Policy::checked`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
@@ -137,6 +166,8 @@ pub struct Policy {
     /// Whether Multivariant Playlists name the stream's newest key in an EXT-X-SESSION-KEY, for players to load
     /// before they have a Media Playlist (draft-pantos-hls-rfc8216bis-22 §4.4.6.5).
     pub session_keys: bool,
+    /// Which CDNs must have the next key before it takes its turn.
+    pub sync_policy: SyncPolicy,
     /// Whether an operator may take keys back (the guide's `emergencyRotationEnabled`).
     pub emergency_rotation: bool,
     /// For how many Target Durations after a revocation segments are still served under the revoked key to
@@ -159,6 +190,7 @@ impl Default for Policy {
             on_encrypted: OnEncrypted::Reject,
             subtitles: Subtitles::Encrypt,
             session_keys: false,
+            sync_policy: SyncPolicy::All,
             emergency_rotation: true,
             revocation_transition: 2,
         }
@@ -241,7 +273,10 @@ mod tests {
         for treatment in Subtitles::ALL {
             assert_eq!(Subtitles::from_name(treatment.name()), Some(treatment));
         }
-        assert_eq!(KeyMethod::from_name("AES-256-gcm"), None);
+        for policy in SyncPolicy::ALL {
+            assert_eq!(SyncPolicy::from_name(policy.name()), Some(policy));
+        }
+        assert_eq!((KeyMethod::from_name("AES-256-gcm"), SyncPolicy::from_name("All")), (None, None));
         assert_eq!((OnEncrypted::from_name(""), Subtitles::from_name("")), (None, None));
     }
 

@@ -9,7 +9,7 @@ use sqlx::any::AnyRow;
 use super::StoreError;
 use crate::keys::{
     Boundary, DekId, DekVersion, Edge, IvMode, KeyId, KeyMethod, KeyState, MediaSequenceNumber, OnEncrypted,
-    Ordinal, Policy, StreamId, Subtitles, Timestamp,
+    Ordinal, Policy, StreamId, Subtitles, SyncPolicy, Timestamp,
 };
 
 /// Whether a stream is served, or what is left of it.
@@ -252,6 +252,8 @@ struct StoredPolicy {
     subtitles: String,
     #[serde(default)]
     session_keys: bool,
+    #[serde(default = "all")]
+    sync_policy: String,
 }
 
 fn reject() -> String {
@@ -260,6 +262,10 @@ fn reject() -> String {
 
 fn encrypt() -> String {
     Subtitles::Encrypt.name().into()
+}
+
+fn all() -> String {
+    SyncPolicy::All.name().into()
 }
 
 pub(super) fn policy_to_json(policy: &Policy) -> String {
@@ -279,6 +285,7 @@ pub(super) fn policy_to_json(policy: &Policy) -> String {
         on_encrypted: policy.on_encrypted.name().into(),
         subtitles: policy.subtitles.name().into(),
         session_keys: policy.session_keys,
+        sync_policy: policy.sync_policy.name().into(),
     };
     json(&stored)
 }
@@ -304,6 +311,7 @@ fn policy_from_json(text: &str) -> Option<Policy> {
         on_encrypted: OnEncrypted::from_name(&stored.on_encrypted)?,
         subtitles: Subtitles::from_name(&stored.subtitles)?,
         session_keys: stored.session_keys,
+        sync_policy: SyncPolicy::from_name(&stored.sync_policy)?,
         emergency_rotation: stored.emergency_rotation,
         revocation_transition: stored.revocation_transition,
     };
@@ -420,6 +428,7 @@ mod tests {
             on_encrypted: OnEncrypted::Rekey,
             subtitles: Subtitles::Clear,
             session_keys: true,
+            sync_policy: SyncPolicy::Quorum,
             ..Policy::default()
         };
         assert_eq!(policy_from_json(&policy_to_json(&policy)), Some(policy));
@@ -441,6 +450,7 @@ mod tests {
             on_encrypted: OnEncrypted::Reject,
             subtitles: Subtitles::Encrypt,
             session_keys: false,
+            sync_policy: SyncPolicy::All,
             ..Policy::default()
         };
         assert_eq!(policy_from_json(stored), Some(expected));
@@ -453,6 +463,7 @@ mod tests {
             ("\"AES-128\"", "\"DES\""),
             ("\"reject\"", "\"ignore\""),
             ("\"encrypt\"", "\"\""),
+            ("\"all\"", "\"most\""),
             ("\"session_keys\":false", "\"session_keys\":0"),
             ("\"segments_per_key\":100", "\"segments_per_key\":0"),
         ] {

@@ -170,6 +170,7 @@ fn check_needs_no_file_and_shows_no_secret() {
         ("KEYSHIELD_ORIGINS", "[{\"name\": \"main\", \"urls\": [\"https://origin.example\"]}]"),
         ("KEYSHIELD_CONTROL_TOKENS", &tokens),
         ("KEYSHIELD_STORE_DATABASE", "postgres://user:sesame@db.example/keys"),
+        ("AUDIT_LOGGING_ENABLED", "true"),
         ("CDN_ENDPOINTS", "cdn.example"),
     ];
     for arguments in [&["check"][..], &["check", "--json"]] {
@@ -181,7 +182,11 @@ fn check_needs_no_file_and_shows_no_secret() {
     }
     let text = stdout(&keyshield_under(&variables, &["check"]));
     assert!(text.contains("origins[0].urls = [\"https://origin.example\"]"), "{text}");
-    assert!(text.contains("token       ci: viewer") && text.contains("note: CDN_ENDPOINTS"), "{text}");
+    assert!(
+        text.contains("token       ci: viewer") && text.contains("note: AUDIT_LOGGING_ENABLED"),
+        "{text}"
+    );
+    assert!(text.contains("CDN         cdn.example: known by its address alone"), "{text}");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::names::{IvModeName, Method, OnEncryptedName, SubtitlesName};
+use super::names::{IvModeName, Method, OnEncryptedName, SubtitlesName, SyncPolicyName};
 use super::{date_time, plain_number};
 use crate::engine::{self, KeyInfo, ManualRotation, StreamInfo, StreamState};
 use crate::keys::{Policy, StreamId};
@@ -85,6 +85,7 @@ pub(in crate::control) struct StreamConfig {
     subtitles: SubtitlesName,
     /// Whether Multivariant Playlists name the newest key in an EXT-X-SESSION-KEY.
     session_keys: bool,
+    sync_policy: SyncPolicyName,
     /// Target Durations for which segments are still served under a revoked key; 0: not at all.
     #[schema(minimum = 0, maximum = 100, examples(2))]
     revocation_transition: u32,
@@ -107,6 +108,7 @@ impl StreamConfig {
             on_encrypted: policy.on_encrypted.into(),
             subtitles: policy.subtitles.into(),
             session_keys: policy.session_keys,
+            sync_policy: policy.sync_policy.into(),
             revocation_transition: policy.revocation_transition,
         }
     }

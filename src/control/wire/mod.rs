@@ -130,7 +130,7 @@ mod tests {
                 "preGenerateKeys": 3, "emergencyRotationEnabled": true, "gracePeriod": 300,
                 "leadSegments": 2, "cdnTtl": 60, "ivMode": "segment", "encryptInitSections": false,
                 "onEncrypted": "reject", "subtitles": "encrypt", "sessionKeys": false,
-                "revocationTransition": 2,
+                "syncPolicy": "all", "revocationTransition": 2,
             },
             "configured": false,
             "currentKey": key_json,

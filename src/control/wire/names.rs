@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::keys::{IvMode, KeyMethod, OnEncrypted, Subtitles};
+use crate::keys::{IvMode, KeyMethod, OnEncrypted, Subtitles, SyncPolicy};
 
 /// AES-128: every player. AES-256 (CBC, not in the specification): hls.js and Shaka Player. AES-256-GCM: Shaka
 /// Player 5.
@@ -122,6 +122,36 @@ impl From<SubtitlesName> for Subtitles {
         match treatment {
             SubtitlesName::Encrypt => Subtitles::Encrypt,
             SubtitlesName::Clear => Subtitles::Clear,
+        }
+    }
+}
+
+/// Which CDNs must have a stream's next key before it takes its turn: every one, more than half, or none.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+#[schema(as = SyncPolicy)]
+pub(in crate::control) enum SyncPolicyName {
+    All,
+    Quorum,
+    BestEffort,
+}
+
+impl From<SyncPolicy> for SyncPolicyName {
+    fn from(policy: SyncPolicy) -> Self {
+        match policy {
+            SyncPolicy::All => SyncPolicyName::All,
+            SyncPolicy::Quorum => SyncPolicyName::Quorum,
+            SyncPolicy::BestEffort => SyncPolicyName::BestEffort,
+        }
+    }
+}
+
+impl From<SyncPolicyName> for SyncPolicy {
+    fn from(policy: SyncPolicyName) -> Self {
+        match policy {
+            SyncPolicyName::All => SyncPolicy::All,
+            SyncPolicyName::Quorum => SyncPolicy::Quorum,
+            SyncPolicyName::BestEffort => SyncPolicy::BestEffort,
         }
     }
 }

@@ -7,7 +7,7 @@ use super::*;
 use crate::control::problem::FieldError;
 use crate::engine::StreamState;
 use crate::hls::{BaseUrl, Mount};
-use crate::keys::{IvMode, KeyMethod, OnEncrypted, Subtitles, Timestamp};
+use crate::keys::{IvMode, KeyMethod, OnEncrypted, Subtitles, SyncPolicy, Timestamp};
 
 fn mounts() -> Mounts {
     let base = BaseUrl::parse("https://cdn.example.com").unwrap();
@@ -52,7 +52,8 @@ fn every_rule_can_be_set() {
             "rotationInterval": 0.08, "keyMethod": "AES-256", "segmentsPerKey": 7, "cdnSyncEnabled": false,
             "preGenerateKeys": 5, "emergencyRotationEnabled": false, "gracePeriod": 10, "leadSegments": 0,
             "cdnTtl": 0, "ivMode": "sequence", "encryptInitSections": true, "onEncrypted": "rekey",
-            "subtitles": "clear", "sessionKeys": true, "revocationTransition": 0
+            "subtitles": "clear", "sessionKeys": true, "syncPolicy": "best-effort",
+            "revocationTransition": 0
         }
     }))
     .unwrap();
@@ -71,6 +72,7 @@ fn every_rule_can_be_set() {
         on_encrypted: OnEncrypted::Rekey,
         subtitles: Subtitles::Clear,
         session_keys: true,
+        sync_policy: SyncPolicy::BestEffort,
         emergency_rotation: false,
         revocation_transition: 0,
     };

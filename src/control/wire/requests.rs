@@ -12,7 +12,7 @@ use url::Url;
 use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Schema, SchemaType, Type};
 use utoipa::{IntoParams, ToSchema};
 
-use super::names::{IvModeName, Method, OnEncryptedName, SubtitlesName};
+use super::names::{IvModeName, Method, OnEncryptedName, SubtitlesName, SyncPolicyName};
 use crate::control::extract::{present, present_object, present_whole};
 use crate::control::problem::{Faults, Problem};
 use crate::engine::{PolicyChange, StreamChange, StreamInfo, StreamSpec};
@@ -154,6 +154,9 @@ struct ConfigRequest {
     #[serde(default, deserialize_with = "present")]
     #[schema(nullable = false)]
     session_keys: Option<bool>,
+    #[serde(default, deserialize_with = "present")]
+    #[schema(nullable = false)]
+    sync_policy: Option<SyncPolicyName>,
     /// Target Durations for which segments are still served under a revoked key; 0: not at all.
     #[serde(default, deserialize_with = "present_whole")]
     #[schema(nullable = false, minimum = 0, maximum = 100)]
@@ -427,6 +430,7 @@ impl ConfigRequest {
             on_encrypted: self.on_encrypted.map_or(base.on_encrypted, Into::into),
             subtitles: self.subtitles.map_or(base.subtitles, Into::into),
             session_keys: self.session_keys.unwrap_or(base.session_keys),
+            sync_policy: self.sync_policy.map_or(base.sync_policy, Into::into),
             emergency_rotation: self.emergency_rotation_enabled.unwrap_or(base.emergency_rotation),
             revocation_transition: revocation_transition.unwrap_or(base.revocation_transition),
         }
