@@ -212,7 +212,8 @@ impl Node {
             sweep_interval: Duration::from_secs(1),
             lease: Duration::from_secs(10),
         };
-        let worker = Worker::load(seat, store.clone(), keyring, deks, fleet, declared).await?;
+        let worker =
+            Worker::load(seat, store.clone(), keyring, deks, fleet, Default::default(), declared).await?;
         Ok(Self { worker, store, clock, metrics, _engine: engine })
     }
 }

@@ -164,7 +164,8 @@ impl Node {
             sweep_interval: Duration::from_secs(1),
             lease: Duration::from_secs(10),
         };
-        let worker = Worker::load(seat, store.clone(), kms, deks, fleet, declared).await?;
+        let worker =
+            Worker::load(seat, store.clone(), kms, deks, fleet, Default::default(), declared).await?;
         Ok(Self { engine, worker, store, clock, metrics })
     }
 

@@ -33,6 +33,7 @@ fn idle() -> StreamFacts {
         retired_at: (state >= KeyState::Deactivated).then_some(START),
         successor: None,
         last_named_at: START,
+        is_delivered: true,
     };
     use KeyState::{Active, Deactivated, PreActive};
     let states = [Deactivated, Active, PreActive, PreActive, PreActive];

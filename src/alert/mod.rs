@@ -30,23 +30,27 @@ pub enum Alert {
     KeysRunningOut,
     /// A stream's newest key is much older than it should be.
     RotationOverdue,
+    /// A CDN does not do what it is asked: keys, or a purge, wait for it.
+    CdnDegraded,
 }
 
 impl Alert {
-    pub const ALL: [Alert; 3] = [Alert::KmsUnavailable, Alert::KeysRunningOut, Alert::RotationOverdue];
+    pub const ALL: [Alert; 4] =
+        [Alert::KmsUnavailable, Alert::KeysRunningOut, Alert::RotationOverdue, Alert::CdnDegraded];
 
     pub fn name(self) -> &'static str {
         match self {
             Alert::KmsUnavailable => "kms-unavailable",
             Alert::KeysRunningOut => "keys-running-out",
             Alert::RotationOverdue => "rotation-overdue",
+            Alert::CdnDegraded => "cdn-degraded",
         }
     }
 
     /// `critical`: somebody should get up.
     pub fn severity(self) -> &'static str {
         match self {
-            Alert::KmsUnavailable | Alert::RotationOverdue => "warning",
+            Alert::KmsUnavailable | Alert::RotationOverdue | Alert::CdnDegraded => "warning",
             Alert::KeysRunningOut => "critical",
         }
     }

@@ -32,7 +32,14 @@ pub(super) fn cdns(config: &Config) -> anyhow::Result<Vec<NamedCdn>> {
         let name = endpoint_name(url);
         let edge = edge(config, url, None, DeliveryMode::Pull).with_context(|| format!("CDN {name}"))?;
         let cdn = Arc::new(PlainCdn::new(edge, config.key_max_age));
-        Ok(NamedCdn { name, kind: "plain", mode: DeliveryMode::Pull, edge: url.to_string(), secret: None, cdn })
+        Ok(NamedCdn {
+            name,
+            kind: "plain",
+            mode: DeliveryMode::Pull,
+            edge: url.to_string(),
+            secret: None,
+            cdn,
+        })
     });
     of_vendors.chain(plain).collect()
 }
@@ -70,7 +77,7 @@ fn edge(config: &Config, url: &Url, ca_file: Option<PathBuf>, mode: DeliveryMode
 }
 
 /// What of key URIs stands behind the host: they may name one CDN, and each is asked at its own.
-fn key_path(uri_base: &str) -> String {
+pub(super) fn key_path(uri_base: &str) -> String {
     match Url::parse(uri_base) {
         Ok(url) => url.path().to_owned(),
         Err(_) => uri_base.to_owned(),

@@ -28,13 +28,14 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
 use super::access::access;
+use super::cdn::{cdns, key_path};
 use super::kms::kms;
 use super::probe::UpstreamProbe;
 use crate::alert::Webhook;
 use crate::clock::Clock;
 use crate::config::{Config, Database, KmsConfig};
 use crate::control::{self, Access, AccessSettings, ControlParts, OperatorSlot};
-use crate::engine::{DekRules, Engine, Fleet, Parting, StreamSpec, Worker, WorkerSeat};
+use crate::engine::{DekRules, DeliveryRules, Engine, Fleet, Parting, StreamSpec, Worker, WorkerSeat};
 use crate::entropy;
 use crate::kms::{Held, Keyring};
 use crate::shield::upstream::{Timeouts, Upstream};
@@ -357,7 +358,13 @@ async fn load(config: &Config, node: String, seat: WorkerSeat) -> anyhow::Result
         sweep_interval: config.sweep_interval,
         lease: config.store_lease,
     };
-    Ok(Worker::load(seat, store, keyring, deks, fleet, streams(config)).await?)
+    let delivery = DeliveryRules {
+        sync_timeout: config.cdn.sync_timeout,
+        retry_attempts: config.cdn.retry_attempts,
+        key_path: key_path(&config.key_uri_base),
+    };
+    let delivery = (cdns(config)?, delivery);
+    Ok(Worker::load(seat, store, keyring, deks, fleet, delivery, streams(config)).await?)
 }
 
 /// Those that are named, and no others: what is only configured is not opened.

@@ -38,8 +38,12 @@ fn answer(engine: &EngineStatus, problems: Vec<String>) -> (StatusCode, Json<Hea
         services: HealthServices {
             hls_encryption: operational(engine.ready),
             key_rotation: operational(engine.ready && engine.rotating),
-            // No CDN is connected to: there is nothing to keep in step.
-            cdn_sync: "disabled",
+            cdn_sync: match engine.cdn_sync {
+                // No CDN is connected to: there is nothing to keep in step.
+                None => "disabled",
+                Some(true) => "operational",
+                Some(false) => "degraded",
+            },
         },
         metrics: HealthMetrics {
             active_streams: engine.streams,
@@ -62,6 +66,7 @@ mod tests {
         rotating: true,
         store_up: true,
         kms_up: true,
+        cdn_sync: None,
         streams: 25,
         overdue_rotations: 0,
     };

@@ -9,6 +9,7 @@ use super::openapi::{BodyRefusals, ConflictRefusal, InvalidRefusal, NoStreamRefu
 use super::problem::Problem;
 use super::wire::{DataKey, Key, KeyList, Revocation, RevokeRequest, Rotation, RotationList, StreamPath};
 use super::{Control, to_its_end};
+use crate::engine::OperatorError;
 use crate::keys::Ordinal;
 
 /// List a stream's keys
@@ -61,7 +62,8 @@ pub(super) async fn rotations(
 
 /// Rotate a stream's key
 ///
-/// Promotes the next key; each rendition goes over to it a lead past its live edge.
+/// Promotes the next key; each rendition goes over to it a lead past its live edge. Whoever asks for it waits for no CDN:
+/// what an edge does not have yet, it asks the shield for; `cdnSync` says how far each has it.
 #[utoipa::path(post, path = "/api/hls/streams/{streamId}/rotate", operation_id = "rotateKey",
     tag = "keys", params(StreamPath),
     responses((status = 200, description = "The rotation.", body = Rotation),
@@ -73,8 +75,14 @@ pub(super) async fn rotate(
 ) -> Result<Json<Rotation>, Problem> {
     let operator = control.operator.get()?;
     let stream = id.clone();
-    let rotation = to_its_end(async move { operator.rotate(&id, &actor).await }).await?;
-    Ok(Json(Rotation::of(&stream, rotation)))
+    let rotation = {
+        let operator = operator.clone();
+        to_its_end(async move { operator.rotate(&id, &actor).await }).await?
+    };
+    let cdns = operator.key_at_cdns(&stream, rotation.key.id).await;
+    let cdns =
+        cdns.map_err(|error| OperatorError::Unknown(format!("the key was rotated; its CDNs: {error}")))?;
+    Ok(Json(Rotation::of(&stream, rotation, cdns)))
 }
 
 /// Rotate a stream's data encryption key
@@ -100,7 +108,8 @@ pub(super) async fn rotate_dek(
 ///
 /// When this answers, the node that was asked refuses the keys to players, and their successor is in force. Other nodes
 /// do the same as soon as they hear of it, at the latest at their next poll; one that is cut off from the store goes on
-/// as before until it is back. Segments keep their paths; playlists name the successor for them.
+/// as before until it is back. Segments keep their paths; playlists name the successor for them. CDNs let go of the keys, and
+/// of what was encrypted under them, from this moment on: `statusUrl` says how far each is.
 #[utoipa::path(post, path = "/api/hls/streams/{streamId}/emergency-revoke", operation_id = "emergencyRevoke",
     tag = "keys", params(StreamPath),
     request_body = RevokeRequest,

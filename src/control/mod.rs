@@ -6,6 +6,7 @@
 //! ([`OriginProbe`] is given).
 
 mod auth;
+mod cdns;
 mod extract;
 mod health;
 mod keys;
@@ -100,6 +101,9 @@ fn guarded() -> OpenApiRouter<Control> {
         .routes(routes!(keys::rotate))
         .routes(routes!(keys::rotate_dek))
         .routes(routes!(keys::emergency_revoke))
+        .routes(routes!(cdns::list))
+        .routes(routes!(cdns::incidents))
+        .routes(routes!(cdns::incident))
         .routes(routes!(kms::status))
         .routes(routes!(kms::rewrap, kms::rewrapping))
 }

@@ -22,6 +22,7 @@ use crate::keys::KeyMethod;
     tags(
         (name = "streams", description = "Begin, change and end streams."),
         (name = "keys", description = "Keys and their rotation; never their bytes."),
+        (name = "cdns", description = "How the CDNs are, and what became of revocations there."),
         (name = "kms", description = "Who wraps the data encryption keys, and going over to another."),
         (name = "operation", description = "How the shield is. No token is needed.")
     ),
@@ -82,6 +83,10 @@ problem_responses! {
 
 problem_responses! {
     NoStreamRefusal: (404, "No such stream."),
+}
+
+problem_responses! {
+    NoIncidentRefusal: (404, "No such incident."),
 }
 
 problem_responses! {

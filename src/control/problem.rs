@@ -23,6 +23,7 @@ pub(super) enum Kind {
     NoRoute,
     NoStream,
     NoKey,
+    NoIncident,
     Method,
     StreamDiffers,
     PrefixTaken,
@@ -44,13 +45,14 @@ pub(super) enum Kind {
 
 impl Kind {
     #[cfg(test)]
-    pub(super) const ALL: [Kind; 23] = [
+    pub(super) const ALL: [Kind; 24] = [
         Kind::BadJson,
         Kind::Unauthenticated,
         Kind::Forbidden,
         Kind::NoRoute,
         Kind::NoStream,
         Kind::NoKey,
+        Kind::NoIncident,
         Kind::Method,
         Kind::StreamDiffers,
         Kind::PrefixTaken,
@@ -80,6 +82,7 @@ impl Kind {
             Kind::NoRoute => (S::NOT_FOUND, "no-such-path", "Nothing is at this path"),
             Kind::NoStream => (S::NOT_FOUND, "no-such-stream", "No such stream"),
             Kind::NoKey => (S::NOT_FOUND, "no-such-key", "No such key"),
+            Kind::NoIncident => (S::NOT_FOUND, "no-such-incident", "No such incident"),
             Kind::Method => (S::METHOD_NOT_ALLOWED, "method-not-allowed", "Method not allowed"),
             Kind::StreamDiffers => (S::CONFLICT, "stream-differs", "The stream exists otherwise"),
             Kind::PrefixTaken => (S::CONFLICT, "prefix-taken", "The path prefix is taken"),
@@ -198,6 +201,7 @@ impl From<OperatorError> for Problem {
         let kind = match &error {
             OperatorError::NoStream(_) => Kind::NoStream,
             OperatorError::NoKey { .. } => Kind::NoKey,
+            OperatorError::NoIncident(_) => Kind::NoIncident,
             OperatorError::Differs { .. } => Kind::StreamDiffers,
             OperatorError::PrefixTaken { .. } => Kind::PrefixTaken,
             OperatorError::Configured(_) => Kind::StreamConfigured,

@@ -1,9 +1,11 @@
 //! What is unwrapped: keys and signers, as the data plane holds them.
 
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use crate::keys::{ContentSecrets, DekId, IvMode, KeyId, KeyMethod, LinkKey, Ordinal, StreamId, Timestamp};
+use crate::keys::{
+    CdnSet, ContentSecrets, DekId, IvMode, KeyId, KeyMethod, LinkKey, Ordinal, StreamId, Timestamp,
+};
 use crate::store::KeyRow;
 
 /// Whether a stream is served; shared by the stream, its keys and its signers.
@@ -23,6 +25,8 @@ pub struct LiveKey {
     revoked: OnceLock<Revoked>,
     destroyed: AtomicBool,
     last_named_millis: AtomicI64,
+    /// The CDNs that have shown it, as far as this node delivers; the bits of a [`CdnSet`].
+    delivered: AtomicU32,
 }
 
 /// What holds for a key that was taken back.
@@ -53,6 +57,7 @@ impl LiveKey {
             revoked: OnceLock::new(),
             destroyed: AtomicBool::new(false),
             last_named_millis: AtomicI64::new(last_named_at.as_unix_millis()),
+            delivered: AtomicU32::new(0),
         }
     }
 
@@ -65,6 +70,20 @@ impl LiveKey {
         Timestamp::from_unix_millis(self.last_named_millis.load(Ordering::Relaxed))
     }
 
+    /// Notes whether a CDN has shown the key.
+    pub(super) fn note_delivered(&self, place: usize, is_shown: bool) {
+        let of_place = CdnSet::default().with(place).bits();
+        match is_shown {
+            true => self.delivered.fetch_or(of_place, Ordering::Relaxed),
+            false => self.delivered.fetch_and(!of_place, Ordering::Relaxed),
+        };
+    }
+
+    /// The CDNs that have shown the key. Known where keys are delivered from.
+    pub(super) fn delivered(&self) -> CdnSet {
+        CdnSet::from_bits(self.delivered.load(Ordering::Relaxed))
+    }
+
     /// `Some` once the key was taken back: it is never handed out again.
     pub fn revoked(&self) -> Option<Revoked> {
         self.revoked.get().copied()
@@ -73,6 +92,10 @@ impl LiveKey {
     pub(super) fn revoke(&self, revoked: Revoked) {
         // A key is revoked once; who says so again says the same.
         let _ = self.revoked.set(revoked);
+    }
+
+    pub fn sample_paths(&self) -> Vec<String> {
+        Vec::new()
     }
 
     /// Whether it is gone from the store, and here too but for what still holds it.

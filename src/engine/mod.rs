@@ -10,6 +10,7 @@
 mod compare;
 mod declare;
 mod deks;
+mod delivery;
 mod directory;
 mod extend;
 mod held;
@@ -19,6 +20,7 @@ mod merge;
 mod operate;
 mod operator;
 mod renew;
+mod revoke;
 mod rewrap;
 mod stream;
 mod supply;
@@ -38,7 +40,12 @@ use parking_lot::RwLock;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot, watch};
 
+pub use crate::cdn::DeliveryMode;
+pub use crate::store::PurgeState;
 pub use deks::DekRules;
+pub use delivery::{
+    CdnHealth, CdnKeys, CdnStatus, DeliveryRules, Incident, IncidentAtCdn, KeyAtCdn, SyncState,
+};
 use directory::Directory;
 pub use held::{HeldStatus, KeyUse, KmsStatus};
 pub use live::{ClearInitSigner, LiveKey, Revoked};
@@ -96,6 +103,8 @@ pub struct EngineStatus {
     pub store_up: bool,
     /// The KMS answers, and lets this node use its key.
     pub kms_up: bool,
+    /// Whether CDNs have what they should; `None` where there are none.
+    pub cdn_sync: Option<bool>,
     /// Streams that are served.
     pub streams: usize,
     /// Streams whose newest key is older than its interval and the overdue threshold.
@@ -164,6 +173,7 @@ impl Engine {
             rotating: false,
             store_up: false,
             kms_up: false,
+            cdn_sync: None,
             streams: 0,
             overdue_rotations: 0,
         };

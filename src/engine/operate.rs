@@ -1,28 +1,27 @@
-//! Operators' calls: streams begun, changed and ended, keys rotated and taken back.
+//! Operators' calls: streams begun, changed and ended, keys rotated.
 //!
 //! Each call is decided against what the store holds now, stored, and then known to this node; other nodes hear
-//! of it by the store. Who asked (`actor`) is kept with what was done. Deliberately absent: who may ask
+//! of it by the store. Who asked (`actor`) is kept with what was done. Deliberately absent: keys taken back (`revoke`), who may ask
 //! (`control`), and whether a playlist's URL leads to HLS (`app`, which can fetch).
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::compare::{differing_field, differing_request};
 use super::deks::InHand;
 use super::operator::{
-    Erased, Initialized, KeyInfo, ManualRotation, OperatorError, PolicyChange, Revocation, StreamChange,
-    StreamInfo, StreamSpec, StreamState,
+    Erased, Initialized, KeyInfo, ManualRotation, OperatorError, PolicyChange, StreamChange, StreamInfo,
+    StreamSpec, StreamState,
 };
 use super::stream::{Known, Stream};
 use super::worker::{Core, WorkerError};
 use crate::fault;
-use crate::keys::{KeyId, KeyState, Ordinal, Reason, StreamId};
+use crate::keys::{Ordinal, Reason, StreamId};
 use crate::store::{
     Applied, CdnRow, KeyRow, Registered, StoreError, StreamRow, StreamState as StoredState, Write, WriteOp,
 };
 
 /// How often a promotion that another node was faster at is tried again.
-const ATTEMPTS: usize = 4;
+pub(super) const ATTEMPTS: usize = 4;
 
 /// A handle for operators. Belongs to the runtime of the [`super::Worker`]; clones share everything.
 #[derive(Clone)]
@@ -270,7 +269,7 @@ impl Operator {
             let (previous, next) = {
                 let known = stream.known.read();
                 let head = known.marks().ok_or(OperatorError::NotReady)?.head;
-                (known.info_of(head), known.facts(true).after(head))
+                (known.info_of(head), known.facts(true, &core.delivery).after(head))
             };
             let promote = WriteOp::Promote {
                 upto: next,
@@ -283,68 +282,6 @@ impl Operator {
                 let key = stream.known.read().info_of(next).ok_or_else(not_known)?;
                 return Ok(ManualRotation { key, previous });
             }
-        }
-        Err(OperatorError::Failed(format!("other nodes keep rotating stream {id}")))
-    }
-
-    /// Takes keys back: one, or all that are in use. The successor is in force when this returns.
-    ///
-    /// # Errors
-    /// [`OperatorError::NoStream`], [`OperatorError::NoKey`], [`OperatorError::NotRevocable`],
-    /// [`OperatorError::RevocationDisabled`].
-    pub async fn revoke(
-        &self,
-        id: &StreamId,
-        key: Option<KeyId>,
-        reason: &str,
-        actor: &str,
-    ) -> Result<Revocation, OperatorError> {
-        let core = &self.core;
-        let stream = core.known_stream(id).await?;
-        let hand = core.newest_dek(&stream).await;
-        let _changing = stream.changing.lock().await;
-        for _ in 0..ATTEMPTS {
-            core.refresh(&stream).await?;
-            let at = core.now();
-            let (ordinals, successor, transition) = {
-                let known = stream.known.read();
-                if !known.row.policy.emergency_rotation {
-                    return Err(OperatorError::RevocationDisabled(id.clone()));
-                }
-                let ordinals = known.to_revoke(id, key)?;
-                let head = known.marks().ok_or(OperatorError::NotReady)?.head;
-                let highest = ordinals.iter().copied().fold(head, Ordinal::max);
-                (ordinals.clone(), known.facts(true).after(highest), known.transition(&ordinals))
-            };
-            let promote = WriteOp::Promote {
-                upto: successor,
-                reason: Reason::Revocation,
-                actor: Some(actor.to_owned()),
-                at,
-            };
-            let revoke = WriteOp::Revoke {
-                ordinals: ordinals.clone(),
-                successor,
-                reason: reason.to_owned(),
-                actor: actor.to_owned(),
-                at,
-                transition_until: at.plus(transition),
-            };
-            // Revoked first: a key that waits before the successor must not be promoted with it. Forced last:
-            // another node may have promoted it by count meanwhile.
-            let ops = vec![revoke, promote, WriteOp::Force { ordinal: successor }];
-            if core.write(&stream, successor, ops, &hand).await?.first().is_none_or(|count| *count == 0) {
-                continue;
-            }
-            let known = stream.known.read();
-            return Ok(Revocation {
-                revoked: ordinals.iter().filter_map(|ordinal| known.info_of(*ordinal)).collect(),
-                successor: known.info_of(successor).ok_or_else(not_known)?,
-                reason: reason.to_owned(),
-                revoked_by: actor.to_owned(),
-                revoked_at: at,
-                transition,
-            });
         }
         Err(OperatorError::Failed(format!("other nodes keep rotating stream {id}")))
     }
@@ -370,7 +307,7 @@ impl Core {
     }
 
     /// A stream by its ID; one that another node began a moment ago is looked for in the store.
-    async fn known_stream(&self, id: &StreamId) -> Result<Arc<Stream>, OperatorError> {
+    pub(super) async fn known_stream(&self, id: &StreamId) -> Result<Arc<Stream>, OperatorError> {
         let find = || self.shared.directory.read().get(id).cloned();
         if let Some(stream) = find() {
             return Ok(stream);
@@ -421,7 +358,7 @@ impl Core {
 
     /// Stores writes with the keys that they need and, where keys can be made, as many as are to wait, in one
     /// transaction. Returns how many keys each write changed.
-    async fn write(
+    pub(super) async fn write(
         &self,
         stream: &Arc<Stream>,
         highest: Ordinal,
@@ -493,7 +430,7 @@ impl Core {
 }
 
 impl Known {
-    fn info_of(&self, ordinal: Ordinal) -> Option<KeyInfo> {
+    pub(super) fn info_of(&self, ordinal: Ordinal) -> Option<KeyInfo> {
         let key = self.keys.get(&ordinal)?;
         Some(KeyInfo {
             id: key.live.id,
@@ -511,38 +448,10 @@ impl Known {
             destroyed_at: key.life.destroyed_at,
         })
     }
-
-    /// The key that was named, or all that players may have.
-    fn to_revoke(&self, id: &StreamId, key: Option<KeyId>) -> Result<Vec<Ordinal>, OperatorError> {
-        let Some(key) = key else {
-            let in_use = |state| matches!(state, KeyState::Active | KeyState::Deactivated);
-            return Ok(self.keys.iter().filter(|(_, key)| in_use(key.life.state)).map(|(o, _)| *o).collect());
-        };
-        let found = self.keys.iter().find(|(_, known)| known.live.id == key);
-        let (ordinal, found) = found.ok_or_else(|| OperatorError::NoKey { stream: id.clone(), key })?;
-        match found.life.state.transition_to(KeyState::Compromised) {
-            Some(_) => Ok(vec![*ordinal]),
-            None => Err(OperatorError::NotRevocable { key, state: found.life.state.name() }),
-        }
-    }
-
-    /// How long players may hold a playlist that names one of these keys and go on by it: so many Target
-    /// Durations, or for a presentation that has ended its whole length.
-    fn transition(&self, ordinals: &[Ordinal]) -> Duration {
-        let lowest = ordinals.iter().min().copied().unwrap_or(Ordinal::FIRST);
-        let factor = self.row.policy.revocation_transition;
-        let of = |own: &super::stream::Rendition| match (factor, own.ended) {
-            (0, _) => Duration::ZERO,
-            (_, true) => own.longest_playlist,
-            (factor, false) => own.target_duration * factor,
-        };
-        let touched = |own: &&super::stream::Rendition| own.facts().current >= lowest;
-        self.renditions.values().filter(touched).map(of).max().unwrap_or_default()
-    }
 }
 
 /// What was stored a moment ago is not there any more: another node went on meanwhile.
-fn not_known() -> OperatorError {
+pub(super) fn not_known() -> OperatorError {
     OperatorError::behind_a_change("another node has changed it since")
 }
 

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::keys::{DekId, DekVersion, KeyId, KeyMethod, KeyState, Ordinal, Policy, StreamId, Timestamp};
+use super::delivery::Incident;
+use crate::keys::{
+    DekId, DekVersion, IncidentId, KeyId, KeyMethod, KeyState, Ordinal, Policy, StreamId, Timestamp,
+};
 
 /// A stream as its operator describes it.
 #[derive(Debug, Clone, PartialEq)]
@@ -123,6 +126,8 @@ pub struct Revocation {
     pub revoked_at: Timestamp,
     /// How long segments are still served under the revoked keys to players that hold an older playlist.
     pub transition: Duration,
+    /// What becomes of it at the CDNs; as it begins.
+    pub incident: Incident,
 }
 
 /// What an erasure removed.
@@ -153,6 +158,8 @@ pub enum OperatorError {
     Overtaken(StreamId),
     #[error("stream {0} has emergencyRotationEnabled = false")]
     RevocationDisabled(StreamId),
+    #[error("there is no incident {0}")]
+    NoIncident(IncidentId),
     #[error("stream {stream} has no key {key}")]
     NoKey { stream: StreamId, key: KeyId },
     #[error("key {key} is {state}: only a key that is in use can be revoked")]

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use parking_lot::RwLock;
 
+use super::delivery::Delivery;
 use super::live::{ClearInitSigner, LiveKey, Serving};
 use crate::keys::{
     Boundary, DekId, DekVersion, Edge, KeyFacts, KeyState, Marks, MediaSequenceNumber, OnEncrypted, Ordinal,
@@ -232,7 +233,8 @@ impl Known {
     }
 
     /// The stream as a sweep sees it.
-    pub(super) fn facts(&self, can_make: bool) -> StreamFacts {
+    pub(super) fn facts(&self, can_make: bool, delivery: &Delivery) -> StreamFacts {
+        let (policy, cdns) = (self.row.policy.sync_policy, delivery.of_stream(&self.row.cdn));
         let keys = self.keys.iter().map(|(ordinal, key)| KeyFacts {
             ordinal: *ordinal,
             state: key.life.state,
@@ -241,6 +243,7 @@ impl Known {
             retired_at: key.life.compromised_at.or(key.life.deactivated_at),
             successor: key.life.successor,
             last_named_at: key.live.last_named_at(),
+            is_delivered: policy.is_met(cdns, key.live.delivered()),
         });
         let renditions = self.renditions.values().map(Rendition::facts).collect();
         let scheduled = self.renditions.values().filter_map(|r| r.schedule.last()).map(|b| b.ordinal).max();
@@ -316,6 +319,17 @@ impl Stream {
         let mut known = self.known.write();
         self.serving.store(row.state == StreamState::Running, Ordering::Release);
         known.row = StreamRow { rev: known.row.rev, ..row };
+    }
+
+    /// What the stream's paths begin with at the shield, as CDNs ask for them.
+    pub(super) fn prefix_of_shield(&self) -> String {
+        let playlist = self.playlist_path();
+        let path = playlist.split('?').next().unwrap_or_default();
+        // The origin may be mounted below a path of its own.
+        match path.find(&self.prefix) {
+            Some(at) => path[..at + self.prefix.len()].to_owned(),
+            None => path[..path.rfind('/').map_or(0, |at| at + 1)].to_owned(),
+        }
     }
 
     /// Whether it is served: not stopped, not deleted.

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::Rotation;
 use super::deks::InHand;
@@ -11,11 +11,11 @@ use super::stream::{Known, Stream};
 use super::troubles::Supply;
 use super::worker::{Core, WorkerError};
 use crate::fault;
-use crate::keys::{KeyOp, KeyState, Ordinal, REPORT_SLACK, Reason, RenditionFacts, StreamId, sweep};
+use crate::keys::{
+    KeyOp, KeyState, OVERDUE_AFTER, Ordinal, REPORT_SLACK, Reason, RenditionFacts, StreamId, sweep,
+};
 use crate::store::{Applied, Write, WriteOp};
 
-/// A newest key this much older than its interval counts as overdue (the guide's threshold).
-const OVERDUE_AFTER: Duration = Duration::from_secs(60 * 60);
 /// Writes that go into one transaction: enough to make its cost small, few enough to be done in a moment.
 const WRITES_AT_ONCE: usize = 1_000;
 /// Streams that are looked at before other tasks get their turn.
@@ -93,14 +93,14 @@ impl Core {
     /// What a sweep of a stream comes to. Where it makes keys and the DEK is not unwrapped, that is asked for, and the
     /// sweep does without: the next one has it, or the KMS is away.
     fn wanted_ops(&self, known: &Known) -> Vec<KeyOp> {
-        let ops = sweep(&known.facts(true), &known.row.policy, self.now());
+        let ops = sweep(&known.facts(true, &self.delivery), &known.row.policy, self.now());
         let Some(dek) = known.dek() else { return ops };
         let makes_keys = ops.iter().any(|op| matches!(op, KeyOp::Generate { .. }));
         if !makes_keys || self.deks.held(dek.row.id).is_some() {
             return ops;
         }
         self.deks.want(&known.row.id, &dek.row);
-        sweep(&known.facts(false), &known.row.policy, self.now())
+        sweep(&known.facts(false, &self.delivery), &known.row.policy, self.now())
     }
 
     /// The writes that a sweep of a stream comes to, with their reasons.
@@ -304,9 +304,11 @@ impl Core {
         }
         self.shared.metrics.overdue_rotations.set(i64::try_from(overdue).unwrap_or(i64::MAX));
         self.shared.troubles.note_supply(supply);
+        self.shared.troubles.note_cdns(self.delivery.degraded());
         *self.shared.alive_at.write() = now;
         let mut status = self.shared.status.write();
-        *status = super::EngineStatus { rotating, overdue_rotations: overdue, ..*status };
+        let cdn_sync = self.delivery.sync();
+        *status = super::EngineStatus { rotating, overdue_rotations: overdue, cdn_sync, ..*status };
         drop(status);
         self.shared.judge();
     }

@@ -214,6 +214,8 @@ impl Core {
                 }
             };
             self.note_store(is_up);
+            // Another node may have taken keys back.
+            self.delivery.wake_purges();
             self.shared.news.done.send_replace(begun);
             if is_up
                 && self.decided_alone.swap(false, Ordering::AcqRel)

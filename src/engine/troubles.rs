@@ -19,6 +19,8 @@ const KMS_ALERT_AFTER: Duration = Duration::from_secs(30);
 pub(super) struct Troubles {
     kms: Mutex<Option<(Timestamp, String)>>,
     supply: Mutex<Supply>,
+    /// CDNs that do not do what they are asked, each in a sentence.
+    cdns: Mutex<Vec<String>>,
 }
 
 /// How many keys streams have that are made ahead.
@@ -41,6 +43,10 @@ impl Troubles {
 
     pub(super) fn note_supply(&self, supply: Supply) {
         *self.supply.lock() = supply;
+    }
+
+    pub(super) fn note_cdns(&self, degraded: Vec<String>) {
+        *self.cdns.lock() = degraded;
     }
 
     /// Why the KMS is away, if it is.
@@ -70,6 +76,7 @@ impl Troubles {
             all.push("due rotations are not carried out: the log says why".to_owned());
         }
         all.extend(overdue_in_words(status));
+        all.extend(self.cdns.lock().iter().cloned());
         if supply.put_off > 0 {
             all.push(format!(
                 "streams whose last change could not be taken in: {}; the log says why",
@@ -90,6 +97,8 @@ impl Shared {
         let away = away.map(|(_, why)| supply.without_kms(&why, &status));
         self.alerts.set(Alert::KmsUnavailable, now, away);
         self.alerts.set(Alert::KeysRunningOut, now, supply.in_words());
+        let cdns = self.troubles.cdns.lock().join("; ");
+        self.alerts.set(Alert::CdnDegraded, now, Some(cdns).filter(|cdns| !cdns.is_empty()));
         self.alerts.set(Alert::RotationOverdue, now, overdue_in_words(&status));
     }
 }
@@ -130,6 +139,7 @@ mod tests {
         rotating: true,
         store_up: true,
         kms_up: true,
+        cdn_sync: None,
         streams: 2,
         overdue_rotations: 0,
     };

@@ -19,10 +19,12 @@ use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
 use super::deks::{DekRules, Deks};
+use super::delivery::{Delivery, DeliveryRules};
 use super::rewrap::Rewraps;
 use super::stream::{MAX_RENDITIONS, Stream};
 use super::sync::Cursors;
 use super::{Extend, Operator, Shared, StreamSpec, WorkerSeat};
+use crate::cdn::NamedCdn;
 use crate::fault;
 use crate::keys::{EnvelopeError, KeyId, Ordinal, REPORT_INTERVAL, Reason, SecretError, StreamId, Timestamp};
 use crate::kms::{Keyring, Kms, KmsError};
@@ -106,6 +108,7 @@ pub(super) struct Core {
     pub(super) deks: Arc<Deks>,
     pub(super) keyring: Arc<Keyring>,
     pub(super) rewraps: Rewraps,
+    pub(super) delivery: Delivery,
     pub(super) fleet: Fleet,
     /// Streams of this node's configuration.
     pub(super) declared: HashSet<StreamId>,
@@ -135,6 +138,7 @@ impl Worker {
         keyring: Arc<Keyring>,
         dek_rules: DekRules,
         fleet: Fleet,
+        (cdns, delivery_rules): (Vec<NamedCdn>, DeliveryRules),
         declared: Vec<StreamSpec>,
     ) -> Result<Self, WorkerError> {
         let WorkerSeat { shared, asked } = seat;
@@ -147,6 +151,7 @@ impl Worker {
             deks: Arc::new(Deks::new(Arc::clone(&keyring) as Arc<dyn Kms>, dek_rules, Arc::clone(&shared))),
             keyring,
             rewraps: Rewraps::default(),
+            delivery: Delivery::new(cdns, delivery_rules),
             shared,
             turns: Semaphore::new(store.writers()),
             store,
@@ -217,6 +222,10 @@ impl Worker {
         tasks.spawn(Arc::clone(&core).keep_the_kms_in_sight());
         tasks.spawn(Arc::clone(&core).keep_those_held_in_sight());
         tasks.spawn(Arc::clone(&core).keep_sweeping());
+        for place in &core.delivery.places {
+            tasks.spawn(Arc::clone(&core).keep_delivering(Arc::clone(place)));
+            tasks.spawn(Arc::clone(&core).keep_purging(Arc::clone(place)));
+        }
         loop {
             tokio::select! {
                 extend = self.asked.recv() => {

@@ -203,6 +203,7 @@ impl Model {
                 retired_at: None,
                 successor: None,
                 last_named_at: self.now,
+                is_delivered: true,
             };
             self.keys.insert(self.next, key);
             self.next = self.next.next();

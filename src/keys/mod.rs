@@ -32,5 +32,7 @@ pub use plan::{Situation, plan};
 pub use policy::{KeyMethod, NO_IV_MODE, OnEncrypted, Policy, PolicyError, Subtitles, SyncPolicy};
 pub use schedule::{Boundary, Edge, Marks, PlaylistWindow, Reason, Schedule};
 pub use secret::{CONTENT_SECRET_LEN, ContentKey, ContentSecrets, DataEncryptionKey, LinkKey, SecretError};
-pub use sweep::{KeyFacts, KeyOp, REPORT_INTERVAL, REPORT_SLACK, RenditionFacts, StreamFacts, sweep};
+pub use sweep::{
+    KeyFacts, KeyOp, OVERDUE_AFTER, REPORT_INTERVAL, REPORT_SLACK, RenditionFacts, StreamFacts, sweep,
+};
 pub use time::Timestamp;

@@ -17,6 +17,9 @@ pub const REPORT_SLACK: Duration = Duration::from_secs(20);
 /// How often a node tells what it served.
 pub const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 
+/// A newest key this much older than its interval counts as overdue (the guide's threshold).
+pub const OVERDUE_AFTER: Duration = Duration::from_secs(60 * 60);
+
 /// What a sweep must know of a content key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KeyFacts {
@@ -31,6 +34,8 @@ pub struct KeyFacts {
     pub successor: Option<Ordinal>,
     /// When a playlist that names it was last served, as far as the nodes have told one another.
     pub last_named_at: Timestamp,
+    /// Whether as many CDNs have it as the stream's policy waits for.
+    pub is_delivered: bool,
 }
 
 /// What a sweep must know of a rendition.
@@ -123,15 +128,30 @@ fn promotion(
         return Some(KeyOp::Promote { ordinal, forced: false, reason: "a boundary names it already" });
     }
     let age = now.since(head.activated_at?);
+    let next = stream.after(head.ordinal);
     let reason = match policy.rotation_interval {
         _ if head.state > KeyState::Active => "the newest key is not in use any more",
-        Some(interval) if age >= interval && !is_vod => "the rotation interval has passed",
+        Some(interval) if age >= interval && !is_vod => {
+            // One that is overdue goes on all the same: what an edge does not have, it asks the shield for.
+            match stream.is_delivered(next) {
+                true => "the rotation interval has passed",
+                false if age >= interval + OVERDUE_AFTER => {
+                    "it is overdue, and CDNs were waited for long enough"
+                }
+                false => return None,
+            }
+        }
         _ => return None,
     };
-    Some(KeyOp::Promote { ordinal: stream.after(head.ordinal), forced: true, reason })
+    Some(KeyOp::Promote { ordinal: next, forced: true, reason })
 }
 
 impl StreamFacts {
+    /// Whether a key that is there may be promoted, as far as CDNs go. One that is still to be made waits for none.
+    fn is_delivered(&self, ordinal: Ordinal) -> bool {
+        self.keys.iter().find(|key| key.ordinal == ordinal).is_none_or(|key| key.is_delivered)
+    }
+
     /// The next ordinal behind `ordinal` whose key can be used, or is still to be made.
     pub fn after(&self, ordinal: Ordinal) -> Ordinal {
         let usable = |key: &&KeyFacts| key.ordinal > ordinal && key.state.may_encrypt();
@@ -238,6 +258,7 @@ mod tests {
             retired_at: (state >= KeyState::Deactivated).then_some(at(0)),
             successor: None,
             last_named_at: START,
+            is_delivered: true,
         }
     }
 
@@ -335,6 +356,22 @@ mod tests {
     fn the_interval_promotes_the_next_key_and_makes_another() {
         let stream = facts(steady(), vec![live(0, 1800)]);
         check(&stream, 1800, &[("generate", 4), ("promote", 1)]);
+    }
+
+    #[test]
+    fn a_key_that_cdns_do_not_have_waits_until_it_is_overdue() {
+        let mut keys = steady();
+        keys[1].is_delivered = false;
+        let stream = facts(keys, vec![live(0, 5_399)]);
+        check(&stream, 5_399, &[]);
+        check(&stream, 5_400, &[("generate", 4), ("promote", 1)]);
+        // Not for a boundary that is published, nor where the newest key was taken back.
+        let scheduled = StreamFacts { scheduled: Some(Ordinal(1)), ..stream.clone() };
+        check(&scheduled, 10, &[("generate", 4), ("promote", 1)]);
+        let mut revoked = stream;
+        revoked.keys[0].state = KeyState::Compromised;
+        revoked.keys[0].successor = Some(Ordinal(1));
+        check(&revoked, 10, &[("generate", 4), ("promote", 1)]);
     }
 
     #[test]

@@ -371,10 +371,9 @@ impl Change {
 fn changed(stream: &StreamId, op: &WriteOp) -> Vec<Value> {
     let (stream, millis) = (stream.as_str(), Timestamp::as_unix_millis);
     match op {
-        WriteOp::PutDek(_)
-        | WriteOp::PutKeys(_)
-        | WriteOp::PutIncident(_)
-        | WriteOp::ShredDek { .. } => Vec::new(),
+        WriteOp::PutDek(_) | WriteOp::PutKeys(_) | WriteOp::PutIncident(_) | WriteOp::ShredDek { .. } => {
+            Vec::new()
+        }
         WriteOp::Promote { upto, reason, actor, at } => vec![json!({
             "stream": stream, "n": upto.0, "at": millis(*at), "reason": reason.name(), "actor": actor,
             "forced": i64::from(Reason::is_forced(reason.name())),

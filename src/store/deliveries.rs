@@ -205,7 +205,12 @@ impl Store {
                     updated_at: time(row, "updated_at")?,
                 })
             };
-            sqlx::query("SELECT * FROM cdns ORDER BY name").fetch_all(&self.pool).await?.iter().map(read).collect()
+            sqlx::query("SELECT * FROM cdns ORDER BY name")
+                .fetch_all(&self.pool)
+                .await?
+                .iter()
+                .map(read)
+                .collect()
         })
         .await
     }

@@ -10,7 +10,7 @@ use super::StoreError;
 use super::open::{Store, Tx, bounded, commit, repeated};
 use super::rows::{json, named, optional_time, parsed, time, unreadable, unsigned};
 use crate::fault;
-use crate::keys::{IncidentId, KeyId, StreamId, Timestamp};
+use crate::keys::{IncidentId, KeyId, Ordinal, StreamId, Timestamp};
 
 /// Incidents that are worked on at once.
 const MAX_OPEN: i64 = 1_000;
@@ -33,6 +33,23 @@ pub struct IncidentRow {
     /// When nothing was left to be done at any CDN.
     pub completed_at: Option<Timestamp>,
     pub cdns: Vec<IncidentCdnRow>,
+}
+
+/// An incident that is to be opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewIncident {
+    pub id: IncidentId,
+    pub stream: StreamId,
+    pub reason: String,
+    pub actor: String,
+    pub revoked_at: Timestamp,
+    pub transition_until: Timestamp,
+    /// It may be made in the same transaction.
+    pub successor: Ordinal,
+    pub keys: Vec<KeyId>,
+    pub paths: Vec<String>,
+    /// The CDNs that are to let go; without any, it is complete at once.
+    pub cdns: Vec<String>,
 }
 
 /// How far a CDN is with letting go of revoked keys.
@@ -75,19 +92,6 @@ pub struct IncidentCdnRow {
 }
 
 impl IncidentCdnRow {
-    /// Of a CDN that has not been told yet.
-    pub fn pending(cdn: String, now: Timestamp) -> Self {
-        Self {
-            cdn,
-            state: PurgeState::Pending,
-            purges: 0,
-            purged_at: None,
-            last_error: None,
-            updated_at: now,
-            completed_at: None,
-        }
-    }
-
     fn read(row: &AnyRow) -> Result<Self, StoreError> {
         Ok(Self {
             cdn: row.try_get("cdn")?,
@@ -146,27 +150,17 @@ impl Store {
         .await
     }
 
-    /// Incidents, the newest first, at most `limit` that are older than `before`; of one stream, or of all.
+    /// Incidents, the newest first, at most `limit` that are older than `before`.
     pub async fn incidents(
         &self,
-        stream: Option<&StreamId>,
         before: Option<IncidentId>,
         limit: u32,
     ) -> Result<Vec<IncidentRow>, StoreError> {
         bounded(async {
-            // Longer than any ID, and behind all of them.
+            let sql = "SELECT * FROM incidents WHERE id < $1 ORDER BY id DESC LIMIT $2";
+            // Behind all IDs: these are hexadecimal.
             let before = before.map_or_else(|| "g".to_owned(), |id| id.to_string());
-            let sql = match stream {
-                Some(_) => {
-                    "SELECT * FROM incidents WHERE id < $1 AND stream_id = $3 ORDER BY id DESC LIMIT $2"
-                }
-                None => "SELECT * FROM incidents WHERE id < $1 ORDER BY id DESC LIMIT $2",
-            };
-            let mut query = sqlx::query(sql).bind(before).bind(i64::from(limit));
-            if let Some(stream) = stream {
-                query = query.bind(stream.as_str().to_owned());
-            }
-            let rows = query.fetch_all(&self.pool).await?;
+            let rows = sqlx::query(sql).bind(before).bind(i64::from(limit)).fetch_all(&self.pool).await?;
             self.with_cdns(&rows).await
         })
         .await
@@ -223,11 +217,13 @@ impl Store {
     }
 
     /// Stores an incident in the transaction of its revocation, if that took any key back. Returns whether it did.
-    pub(super) async fn put_incident(&self, tx: &mut Tx, row: &IncidentRow) -> Result<bool, StoreError> {
+    pub(super) async fn put_incident(&self, tx: &mut Tx, row: &NewIncident) -> Result<bool, StoreError> {
         let first = row.keys.first().map(KeyId::to_string).unwrap_or_default();
         let sql = "INSERT INTO incidents (id, stream_id, reason, actor, revoked_at, transition_until, successor_id,
                                           key_ids, paths, completed_at)
-                   SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, CAST($10 AS BIGINT)
+                   SELECT $1, $2, $3, $4, $5, $6,
+                          (SELECT s.id FROM content_keys AS s WHERE s.stream_id = $2 AND s.ordinal = $7), $8, $9,
+                          CAST($10 AS BIGINT)
                    WHERE EXISTS (SELECT 1 FROM content_keys AS k
                                  WHERE k.id = $11 AND k.compromised_at = $5 AND k.revoked_by = $4)";
         fault::point("incident: before");
@@ -238,21 +234,22 @@ impl Store {
             .bind(&row.actor)
             .bind(row.revoked_at.as_unix_millis())
             .bind(row.transition_until.as_unix_millis())
-            .bind(row.successor.to_string())
+            .bind(i64::from(row.successor.0))
             .bind(json(&row.keys.iter().map(KeyId::to_string).collect::<Vec<_>>()))
             .bind(json(&row.paths))
-            .bind(row.completed_at.map(Timestamp::as_unix_millis))
+            .bind(row.cdns.is_empty().then(|| row.revoked_at.as_unix_millis()))
             .bind(first);
         if query.execute(&mut **tx).await?.rows_affected() == 0 {
             return Ok(false);
         }
         for cdn in &row.cdns {
-            let sql = "INSERT INTO incident_cdns (incident_id, cdn, state, purges, updated_at) VALUES ($1, $2, $3, 0, $4)";
+            let sql = "INSERT INTO incident_cdns (incident_id, cdn, state, purges, updated_at)
+                       VALUES ($1, $2, $3, 0, $4)";
             let query = sqlx::query(sql)
                 .bind(row.id.to_string())
-                .bind(&cdn.cdn)
-                .bind(cdn.state.name())
-                .bind(cdn.updated_at.as_unix_millis());
+                .bind(cdn)
+                .bind(PurgeState::Pending.name())
+                .bind(row.revoked_at.as_unix_millis());
             query.execute(&mut **tx).await?;
         }
         Ok(true)

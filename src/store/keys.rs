@@ -53,7 +53,7 @@ pub enum WriteOp {
         transition_until: Timestamp,
     },
     /// Stores the incident of a revocation that stands before it, if that took any key back.
-    PutIncident(Box<super::IncidentRow>),
+    PutIncident(Box<super::NewIncident>),
     /// Wipes a DEK's bytes for good; unless it is its stream's newest, or wraps a key that is not destroyed.
     ShredDek {
         dek: DekId,

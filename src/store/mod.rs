@@ -18,10 +18,10 @@ mod rows;
 mod schedules;
 mod streams;
 
-pub use deliveries::{CdnStateRow, DeliveryRow, DeliveryState};
-pub use incidents::{IncidentCdnRow, IncidentRow, PurgeState};
 pub use deks::{DekCursor, Replaced, StoredDek};
+pub use deliveries::{CdnStateRow, DeliveryRow, DeliveryState};
 pub use fleet::{Changes, Lease, News};
+pub use incidents::{IncidentCdnRow, IncidentRow, NewIncident, PurgeState};
 pub use keys::{Applied, Write, WriteOp};
 pub use open::{Location, Store};
 pub use rows::{

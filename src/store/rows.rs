@@ -226,7 +226,11 @@ pub(super) fn parsed<T: std::str::FromStr>(row: &AnyRow, column: &'static str) -
     text.parse().map_err(|_| unreadable(column, text))
 }
 
-pub(super) fn named<T>(row: &AnyRow, column: &'static str, read: impl Fn(&str) -> Option<T>) -> Result<T, StoreError> {
+pub(super) fn named<T>(
+    row: &AnyRow,
+    column: &'static str,
+    read: impl Fn(&str) -> Option<T>,
+) -> Result<T, StoreError> {
     let text: String = row.try_get(column)?;
     read(&text).ok_or_else(|| unreadable(column, text))
 }

@@ -1,8 +1,8 @@
 //! Metrics: `keyshield_*`, in base units, for Prometheus. `docs/metrics.md` explains each.
 
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 
 /// Every metric of the process. Made once, shared by all rooms.
@@ -39,6 +39,16 @@ pub struct Metrics {
     pub alert_active: IntGaugeVec,
     /// What came of posting alerts to the webhook, by `outcome`.
     pub alert_posts: IntCounterVec,
+    /// Calls of CDNs, by `cdn`, `operation` and `outcome`.
+    pub cdn_calls: IntCounterVec,
+    /// Whether each `cdn` does what it is asked, as the node that delivers finds.
+    pub cdn_up: IntGaugeVec,
+    /// Keys by `cdn` and `state` (waiting, stored, verified).
+    pub cdn_keys: IntGaugeVec,
+    /// Revocations that some CDN is not done with.
+    pub incidents_open: IntGauge,
+    /// From a revocation until a `cdn` had let go.
+    pub revocation_seconds: HistogramVec,
     pub lease_held: IntGauge,
     pub sweep_seconds: Histogram,
     pub sweep_errors: IntCounter,
@@ -137,6 +147,42 @@ impl Metrics {
                 "keyshield_alert_posts_total",
                 "Alerts posted to the webhook: taken, failed (tried again), refused, dropped.",
                 &["outcome"],
+            ),
+            cdn_calls: counters(
+                "keyshield_cdn_calls_total",
+                "Calls of CDNs: put, delete, verify, purge, probe; ok, or what failed.",
+                &["cdn", "operation", "outcome"],
+            ),
+            cdn_up: register(
+                &registry,
+                IntGaugeVec::new(
+                    Opts::new("keyshield_cdn_up", "Whether a CDN does what it is asked: 1 or 0."),
+                    &["cdn"],
+                ),
+            ),
+            cdn_keys: register(
+                &registry,
+                IntGaugeVec::new(
+                    Opts::new(
+                        "keyshield_cdn_keys",
+                        "Keys by what a CDN has of them: waiting, stored, verified.",
+                    ),
+                    &["cdn", "state"],
+                ),
+            ),
+            incidents_open: gauge("keyshield_incidents_open", "Revocations with which some CDN is not done."),
+            revocation_seconds: register(
+                &registry,
+                HistogramVec::new(
+                    HistogramOpts::new(
+                        "keyshield_revocation_seconds",
+                        "Time from a revocation until a CDN had let go of the keys.",
+                    )
+                    .buckets(vec![
+                        1.0, 2.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3_600.0,
+                    ]),
+                    &["cdn"],
+                ),
             ),
             store_up: gauge("keyshield_store_up", "Whether the store answers: 1 or 0."),
             lease_held: gauge("keyshield_lease_held", "Whether this node is the one that sweeps: 1 or 0."),

@@ -20,13 +20,16 @@ pub(in crate::control) enum Call {
     Stop,
     Delete,
     Erase,
+    ReadCdns,
+    ReadIncidents,
+    ReadIncident,
     ReadKms,
     ReadRewrap,
     Rewrap,
 }
 
 impl Call {
-    pub(in crate::control) const ALL: [Call; 15] = [
+    pub(in crate::control) const ALL: [Call; 18] = [
         Call::ListStreams,
         Call::ReadStream,
         Call::ReadKeys,
@@ -39,6 +42,9 @@ impl Call {
         Call::Stop,
         Call::Delete,
         Call::Erase,
+        Call::ReadCdns,
+        Call::ReadIncidents,
+        Call::ReadIncident,
         Call::ReadKms,
         Call::ReadRewrap,
         Call::Rewrap,
@@ -47,10 +53,15 @@ impl Call {
     /// The roles that may. Admin stands in every line by hand: nothing is permitted by an `else`.
     pub(in crate::control) fn permitted(self) -> &'static [Role] {
         match self {
-            Call::ListStreams | Call::ReadStream => &[Viewer, Auditor, Operator, Security, Admin],
-            Call::ReadKeys | Call::ReadRotations | Call::ReadKms | Call::ReadRewrap => {
-                &[Auditor, Operator, Security, Admin]
+            Call::ListStreams | Call::ReadStream | Call::ReadCdns => {
+                &[Viewer, Auditor, Operator, Security, Admin]
             }
+            Call::ReadKeys
+            | Call::ReadRotations
+            | Call::ReadIncidents
+            | Call::ReadIncident
+            | Call::ReadKms
+            | Call::ReadRewrap => &[Auditor, Operator, Security, Admin],
             Call::Initialize | Call::Update => &[Operator, Admin],
             Call::Rotate | Call::RotateDek | Call::Stop => &[Operator, Security, Admin],
             Call::EmergencyRevoke | Call::Rewrap => &[Security, Admin],
@@ -73,6 +84,9 @@ impl Call {
             Call::Stop => (Method::POST, "/api/hls/streams/{streamId}/stop"),
             Call::Delete => (Method::DELETE, "/api/hls/streams/{streamId}"),
             Call::Erase => (Method::POST, "/api/hls/streams/{streamId}/erase"),
+            Call::ReadCdns => (Method::GET, "/api/hls/cdns"),
+            Call::ReadIncidents => (Method::GET, "/api/hls/incidents"),
+            Call::ReadIncident => (Method::GET, "/api/hls/incidents/{incidentId}"),
             Call::ReadKms => (Method::GET, "/api/hls/kms"),
             Call::ReadRewrap => (Method::GET, "/api/hls/kms/rewrap"),
             Call::Rewrap => (Method::POST, "/api/hls/kms/rewrap"),

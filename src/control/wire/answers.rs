@@ -3,9 +3,10 @@
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::cdns::{CdnSync, incident_path};
 use super::names::{IvModeName, Method, OnEncryptedName, SubtitlesName, SyncPolicyName};
 use super::{date_time, plain_number};
-use crate::engine::{self, KeyInfo, ManualRotation, StreamInfo, StreamState};
+use crate::engine::{self, KeyAtCdn, KeyInfo, ManualRotation, StreamInfo, StreamState};
 use crate::keys::{Policy, StreamId};
 
 /// A stream and how it stands.
@@ -227,28 +228,6 @@ pub(in crate::control) struct RotationList {
     pub(in crate::control) next: Option<u32>,
 }
 
-/// How far the stream's CDNs have what they should.
-#[derive(Debug, Serialize, ToSchema)]
-pub(in crate::control) struct CdnSync {
-    /// `disabled`: no CDN is connected, caches fetch from the shield.
-    #[schema(value_type = String, examples("disabled"))]
-    status: &'static str,
-    endpoints: Vec<CdnEndpointSync>,
-}
-
-/// One CDN.
-#[derive(Debug, Serialize, ToSchema)]
-pub(in crate::control) struct CdnEndpointSync {
-    endpoint: String,
-    #[schema(value_type = String)]
-    status: &'static str,
-}
-
-impl CdnSync {
-    /// This version connects to no CDN.
-    const DISABLED: CdnSync = CdnSync { status: "disabled", endpoints: Vec::new() };
-}
-
 /// A rotation that was asked for.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
@@ -262,12 +241,12 @@ pub(in crate::control) struct Rotation {
 }
 
 impl Rotation {
-    pub(in crate::control) fn of(stream: &StreamId, rotation: ManualRotation) -> Self {
+    pub(in crate::control) fn of(stream: &StreamId, rotation: ManualRotation, cdns: Vec<KeyAtCdn>) -> Self {
         Self {
             stream_id: stream.to_string(),
             key: rotation.key.into(),
             previous_key: rotation.previous.map(Key::from),
-            cdn_sync: CdnSync::DISABLED,
+            cdn_sync: CdnSync::of_key(cdns),
         }
     }
 }
@@ -319,6 +298,13 @@ pub(in crate::control) struct Revocation {
     #[serde(serialize_with = "plain_number")]
     #[schema(minimum = 0)]
     transition: f64,
+    /// Names what is being done at the CDNs.
+    #[schema(pattern = "^[0-9a-f]{32}$")]
+    incident_id: String,
+    /// Where to look how far the CDNs are, until all are done.
+    #[schema(examples("/api/hls/incidents/0199b2c3d4e5f60718293a4b5c6d7e8f"))]
+    status_url: String,
+    /// As the revocation begins.
     cdn_sync: CdnSync,
 }
 
@@ -332,7 +318,9 @@ impl Revocation {
             revoked_by: done.revoked_by,
             revoked_at: date_time(done.revoked_at),
             transition: done.transition.as_secs_f64(),
-            cdn_sync: CdnSync::DISABLED,
+            status_url: incident_path(done.incident.id),
+            cdn_sync: CdnSync::of_incident(&done.incident),
+            incident_id: done.incident.id.to_string(),
         }
     }
 }

@@ -5,6 +5,7 @@
 //! fraction. Deliberately absent: keys' bytes, which no type here could hold.
 
 mod answers;
+mod cdns;
 mod kms;
 mod names;
 mod requests;
@@ -18,6 +19,7 @@ pub(super) use answers::{
     DataKey, Erasure, Health, HealthMetrics, HealthServices, Key, KeyList, Revocation, Rotation,
     RotationList, Stream, StreamList,
 };
+pub(super) use cdns::{CdnList, Incident, IncidentList};
 pub(super) use kms::{KmsStatus, Rewrap, RewrapRequest, Rewrapping};
 pub(super) use requests::{EraseRequest, InitializeRequest, RevokeRequest, StreamPath, UpdateRequest};
 
@@ -52,7 +54,7 @@ mod tests {
 
     use super::*;
     use crate::engine::{self, KeyInfo, StreamInfo, StreamSpec, StreamState};
-    use crate::keys::{KeyId, KeyMethod, KeyState, Ordinal, Policy};
+    use crate::keys::{IncidentId, KeyId, KeyMethod, KeyState, Ordinal, Policy};
 
     fn at(millis: i64) -> Timestamp {
         Timestamp::from_unix_millis(millis)
@@ -147,7 +149,11 @@ mod tests {
     #[test]
     fn rotation_revocation_and_erasure_say_what_was_done() {
         let id = "ch1".parse().unwrap();
-        let rotation = check_schema(Rotation::of(&id, engine::ManualRotation { key: key(), previous: None }));
+        let rotation = check_schema(Rotation::of(
+            &id,
+            engine::ManualRotation { key: key(), previous: None },
+            Vec::new(),
+        ));
         assert_eq!(rotation["cdnSync"], json!({"status": "disabled", "endpoints": []}));
         assert_eq!(rotation["previousKey"], Value::Null);
         let revocation = check_schema(Revocation::of(
@@ -165,14 +171,91 @@ mod tests {
                 revoked_by: "alice".into(),
                 revoked_at: at(0),
                 transition: Duration::from_secs(12),
+                incident: incident(None),
             },
         ));
+        assert_eq!(revocation["statusUrl"], format!("/api/hls/incidents/{}", "1d".repeat(16)));
+        assert_eq!(revocation["cdnSync"]["status"], "purging");
+        assert_eq!(revocation["cdnSync"]["endpoints"][0]["status"], "pending");
         assert_eq!((&revocation["transition"], &revocation["revokedBy"]), (&json!(12), &json!("alice")));
         let revoked = &revocation["revokedKeys"][0];
         assert_eq!((&revoked["revokedBy"], &revoked["revokedFor"]), (&json!("alice"), &json!("leaked")));
         let erased =
             engine::Erased { data_encryption_keys: 1, content_keys: 42, renditions: 3, erased_at: at(0) };
         assert_eq!(check_schema(Erasure::of(&id, erased))["contentKeys"], 42);
+    }
+
+    fn incident(completed_at: Option<Timestamp>) -> engine::Incident {
+        engine::Incident {
+            id: IncidentId::from_bytes([0x1d; 16]),
+            stream: "ch1".parse().unwrap(),
+            reason: "leaked".into(),
+            revoked_by: "alice".into(),
+            revoked_at: at(0),
+            keys: vec![key().id],
+            successor: key().id,
+            completed_at,
+            cdns: vec![engine::IncidentAtCdn {
+                cdn: "edge-a".into(),
+                state: completed_at.map_or(engine::PurgeState::Pending, |_| engine::PurgeState::Complete),
+                purges: 2,
+                purged_at: completed_at,
+                completed_at,
+                last_error: None,
+            }],
+        }
+    }
+
+    #[test]
+    fn an_incident_says_who_why_and_how_far_each_cdn_is() {
+        let open = check_schema(Incident::from(incident(None)));
+        assert_eq!((&open["status"], &open["completedAt"]), (&json!("open"), &Value::Null));
+        let complete = check_schema(Incident::from(incident(Some(at(4_500)))));
+        assert_eq!((&complete["status"], &complete["cdns"][0]["purges"]), (&json!("complete"), &json!(2)));
+        assert_eq!(complete["completedAt"], "1970-01-01T00:00:04.500Z");
+    }
+
+    #[test]
+    fn what_cdns_have_of_a_key_comes_to_one_word() {
+        let sync = |states: &[engine::SyncState]| {
+            let at = |state: &engine::SyncState| engine::KeyAtCdn {
+                endpoint: "a".into(),
+                state: *state,
+                last_error: None,
+            };
+            let rotation = engine::ManualRotation { key: key(), previous: None };
+            let cdns = states.iter().map(at).collect();
+            let answer = check_schema(Rotation::of(&"ch1".parse().unwrap(), rotation, cdns));
+            answer["cdnSync"]["status"].as_str().unwrap().to_owned()
+        };
+        use engine::SyncState::{Degraded, InSync, Syncing, Unmanaged};
+        assert_eq!(sync(&[InSync, InSync, Unmanaged]), "in-sync");
+        assert_eq!(sync(&[InSync, Syncing]), "syncing");
+        assert_eq!(sync(&[InSync, Degraded, Syncing]), "degraded");
+        assert_eq!(sync(&[Unmanaged]), "disabled");
+    }
+
+    #[test]
+    fn a_cdn_says_how_it_is() {
+        let status = engine::CdnStatus {
+            name: "edge-a".into(),
+            kind: "custom",
+            mode: engine::DeliveryMode::Push,
+            edge: "https://cdn.example.com/".into(),
+            state: engine::SyncState::Degraded,
+            keys: engine::CdnKeys { verified: 3, stored: 1 },
+            health: engine::CdnHealth {
+                failing_since: Some(at(1_000)),
+                failures: 3,
+                last_error: Some("503".into()),
+            },
+        };
+        let list = check_schema(CdnList::from(vec![status]));
+        let cdn = &list["cdns"][0];
+        assert_eq!(
+            (&cdn["status"], &cdn["keysVerified"], &cdn["failures"]),
+            (&json!("degraded"), &json!(3), &json!(3))
+        );
     }
 
     #[test]

@@ -18,12 +18,10 @@ use crate::engine::live::LiveKey;
 use crate::engine::worker::Core;
 use crate::entropy;
 use crate::fault;
-use crate::keys::{
-    CheckValue, KeyId, KeyState, SealedKey, belongs_at_edges, seal_for_edge,
-};
+use crate::keys::{CheckValue, KeyId, KeyState, SealedKey, belongs_at_edges, seal_for_edge};
 use crate::store::{DeliveryRow, DeliveryState, StoreError};
 
-/// How often the difference is looked for where nobody rings.
+/// How often the difference is looked for.
 const TICK: Duration = Duration::from_secs(1);
 /// Rows that are read from the store at once.
 const PAGE: u32 = 5_000;
@@ -74,10 +72,7 @@ impl Core {
         let mut ticks = tokio::time::interval(TICK.min(self.fleet.sweep_interval));
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            tokio::select! {
-                _ = ticks.tick() => {}
-                () = place.new_keys.notified() => {}
-            }
+            ticks.tick().await;
             if !self.holds_lease() || self.is_store_away() {
                 // Another node may deliver meanwhile.
                 lane = Lane::default();
@@ -101,7 +96,7 @@ impl Core {
         };
         let due = self.look(place, &rows, lane);
         self.note_counts(place, &rows, &due);
-        let done = if place.pace.lock().is_paused(Instant::now()) {
+        let done = if place.pace.lock().is_paused(Call::Write, Instant::now()) {
             Ok(())
         } else {
             self.work(place, &mut rows, lane, due).await
@@ -163,19 +158,23 @@ impl Core {
             }
         }
         if rows.len() > wanted.saturating_sub(due.put.len()) {
-            due.delete.extend(rows.values().filter(|row| {
-                let Some(stream) = directory.get(&row.stream) else { return true };
-                let known = stream.known.read();
-                // What could not be read, or opened, may still be wanted.
-                if !known.is_read() || known.unopened.contains(&row.ordinal) {
-                    return false;
-                }
-                let is_wanted = |state: KeyState| {
-                    belongs_at_edges(state) && self.delivery.of_stream(&known.row.cdn).has(place.at)
-                };
-                let of_row = known.keys.get(&row.ordinal).filter(|key| key.live.id == row.key);
-                !of_row.is_some_and(|key| is_wanted(key.life.state))
-            }).map(|row| row.key));
+            due.delete.extend(
+                rows.values()
+                    .filter(|row| {
+                        let Some(stream) = directory.get(&row.stream) else { return true };
+                        let known = stream.known.read();
+                        // What could not be read, or opened, may still be wanted.
+                        if !known.is_read() || known.unopened.contains(&row.ordinal) {
+                            return false;
+                        }
+                        let is_wanted = |state: KeyState| {
+                            belongs_at_edges(state) && self.delivery.of_stream(&known.row.cdn).has(place.at)
+                        };
+                        let of_row = known.keys.get(&row.ordinal).filter(|key| key.live.id == row.key);
+                        !of_row.is_some_and(|key| is_wanted(key.life.state))
+                    })
+                    .map(|row| row.key),
+            );
         }
         drop(directory);
         // Those that are used next are delivered first.
@@ -271,7 +270,8 @@ impl Core {
                     row.last_error = Some(error.to_string());
                     self.look_again(place, lane, row);
                     // That an edge is not there yet is nobody's fault, until it should be.
-                    let is_late = self.now().since(row.updated_at) > place.cdn.cdn.limits().settles_within + STORE_ANEW_AFTER;
+                    let is_late = self.now().since(row.updated_at)
+                        > place.cdn.cdn.limits().settles_within + STORE_ANEW_AFTER;
                     if error.fault != CdnFault::Mismatch || is_late {
                         failed = Some(error);
                     }
@@ -293,10 +293,10 @@ impl Core {
             fault::point("deliver: verified");
             match failed {
                 Some(error) => {
-                    self.note_cdn_failure(place, &error, false).await;
+                    self.note_cdn_failure(place, Call::Write, &error).await;
                     return Err(Stopped::Cdn);
                 }
-                None if is_any_shown => self.note_cdn_up(place).await,
+                None if is_any_shown => self.note_cdn_up(place, Call::Write).await,
                 None => {}
             }
         }
@@ -343,11 +343,11 @@ impl Core {
     async fn judge_call(&self, place: &Place, done: Result<(), CdnError>) -> Result<(), Stopped> {
         match done {
             Ok(()) => {
-                self.note_cdn_up(place).await;
+                self.note_cdn_up(place, Call::Write).await;
                 Ok(())
             }
             Err(error) => {
-                self.note_cdn_failure(place, &error, false).await;
+                self.note_cdn_failure(place, Call::Write, &error).await;
                 Err(Stopped::Cdn)
             }
         }
@@ -355,11 +355,7 @@ impl Core {
 
     fn note_counts(&self, place: &Place, rows: &HashMap<KeyId, DeliveryRow>, due: &Due) {
         let verified = rows.values().filter(|row| row.state == DeliveryState::Verified).count();
-        let counts = [
-            ("verified", verified),
-            ("stored", rows.len() - verified),
-            ("waiting", due.put.len()),
-        ];
+        let counts = [("verified", verified), ("stored", rows.len() - verified), ("waiting", due.put.len())];
         for (state, count) in counts {
             let gauge = self.shared.metrics.cdn_keys.with_label_values(&[&place.cdn.name, state]);
             gauge.set(i64::try_from(count).unwrap_or(i64::MAX));

@@ -11,8 +11,6 @@ mod lane;
 mod pace;
 mod purges;
 mod status;
-#[cfg(test)]
-mod tests;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,7 +18,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use self::pace::Pace;
+use self::pace::{Call, Pace};
 use super::worker::Core;
 use crate::cdn::{CdnError, NamedCdn};
 use crate::keys::{CdnSet, Timestamp};
@@ -61,8 +59,7 @@ pub(super) struct Place {
     pub(super) at: usize,
     pub(super) cdn: NamedCdn,
     pub(super) pace: Mutex<Pace>,
-    /// Rung when there is something new to deliver, or to take back.
-    pub(super) new_keys: Notify,
+    /// Rung when keys were taken back.
     pub(super) new_purges: Notify,
 }
 
@@ -71,7 +68,7 @@ impl Delivery {
         let now = Instant::now();
         let place = |(at, cdn): (usize, NamedCdn)| {
             let pace = Mutex::new(Pace::new(cdn.cdn.limits(), now));
-            Arc::new(Place { at, cdn, pace, new_keys: Notify::new(), new_purges: Notify::new() })
+            Arc::new(Place { at, cdn, pace, new_purges: Notify::new() })
         };
         // As many as a set has room for; the configuration takes fewer.
         let places = cdns.into_iter().take(CdnSet::MAX_LEN).enumerate().map(place).collect();
@@ -95,14 +92,14 @@ impl Delivery {
         row.endpoints.iter().filter(is_unknown)
     }
 
-    /// Something is to be delivered.
-    pub(super) fn wake(&self) {
-        self.places.iter().for_each(|place| place.new_keys.notify_one());
-    }
-
     /// Keys were taken back.
     pub(super) fn wake_purges(&self) {
         self.places.iter().for_each(|place| place.new_purges.notify_one());
+    }
+
+    /// Whether CDNs have what they should; `None` where there are none.
+    pub(super) fn sync(&self) -> Option<bool> {
+        (!self.places.is_empty()).then(|| self.degraded().is_empty())
     }
 
     /// The CDNs that do not do what they are asked, each in a sentence.
@@ -135,8 +132,8 @@ impl Core {
     }
 
     /// Notes that a CDN does what it is asked.
-    pub(super) async fn note_cdn_up(&self, place: &Place) {
-        let was_failing = place.pace.lock().succeed();
+    pub(super) async fn note_cdn_up(&self, place: &Place, call: Call) {
+        let was_failing = place.pace.lock().succeed(call);
         self.shared.metrics.cdn_up.with_label_values(&[&place.cdn.name]).set(1);
         if was_failing {
             tracing::info!(cdn = place.cdn.name, "the CDN is back");
@@ -145,11 +142,11 @@ impl Core {
     }
 
     /// Notes that a CDN has failed, and how long it is left alone for it.
-    pub(super) async fn note_cdn_failure(&self, place: &Place, error: &CdnError, is_urgent: bool) {
+    pub(super) async fn note_cdn_failure(&self, place: &Place, call: Call, error: &CdnError) {
         let jitter = f64::from(u16::from_be_bytes(*crate::entropy::random::<2>())) / f64::from(u16::MAX);
         let (pause, failures) = {
             let mut pace = place.pace.lock();
-            let pause = pace.fail(error, (self.now(), Instant::now()), jitter, is_urgent);
+            let pause = pace.fail(call, error, (self.now(), Instant::now()), jitter);
             (pause, pace.failures())
         };
         let cdn = &place.cdn.name;

@@ -12,7 +12,7 @@ use crate::keys::Timestamp;
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 /// While revoked keys wait to be let go of, a CDN is tried more often.
-const LONGEST_URGENT_PAUSE: Duration = Duration::from_secs(30);
+const LONGEST_PURGE_PAUSE: Duration = Duration::from_secs(30);
 /// A vendor that says when it takes calls again is believed up to this.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3_600);
 
@@ -52,79 +52,108 @@ pub(super) enum Call {
     Purge,
 }
 
-/// How fast one CDN may be asked.
+/// Calls of one purpose: how many, and after failures when the next.
+#[derive(Debug)]
+struct Road {
+    bucket: Bucket,
+    /// In a row.
+    failures: u32,
+    /// Until when the CDN is left alone.
+    paused_until: Option<Instant>,
+    longest_pause: Duration,
+}
+
+impl Road {
+    fn is_paused(&self, now: Instant) -> bool {
+        self.paused_until.is_some_and(|until| now < until)
+    }
+}
+
+/// How fast one CDN may be asked. What one purpose fails at does not hold up the other.
 #[derive(Debug)]
 pub(in crate::engine) struct Pace {
-    writes: Bucket,
-    purges: Bucket,
-    failures: u32,
-    /// Since when, why, and until when it is left alone.
-    trouble: Option<(Timestamp, String, Instant)>,
+    writes: Road,
+    purges: Road,
+    /// Since when, and why.
+    trouble: Option<(Timestamp, String)>,
 }
 
 impl Pace {
     pub(super) fn new(limits: CdnLimits, now: Instant) -> Self {
-        Self {
-            writes: Bucket::full(limits.writes, now),
-            purges: Bucket::full(limits.purges, now),
+        let road = |rate, longest_pause| Road {
+            bucket: Bucket::full(rate, now),
             failures: 0,
+            paused_until: None,
+            longest_pause,
+        };
+        Self {
+            writes: road(limits.writes, LONGEST_PAUSE),
+            purges: road(limits.purges, LONGEST_PURGE_PAUSE),
             trouble: None,
         }
     }
 
+    fn road(&mut self, call: Call) -> &mut Road {
+        match call {
+            Call::Write => &mut self.writes,
+            Call::Purge => &mut self.purges,
+        }
+    }
+
     /// Whether it is left alone after a failure.
-    pub(super) fn is_paused(&self, now: Instant) -> bool {
-        self.trouble.as_ref().is_some_and(|(_, _, until)| now < *until)
+    pub(super) fn is_paused(&mut self, call: Call, now: Instant) -> bool {
+        self.road(call).is_paused(now)
     }
 
     /// Takes the right to one call.
     pub(super) fn take(&mut self, call: Call, now: Instant) -> bool {
-        match call {
-            Call::Write => self.writes.take(now),
-            Call::Purge => self.purges.take(now),
-        }
+        self.road(call).bucket.take(now)
     }
 
-    /// Notes a success; whether there was trouble before.
-    pub(super) fn succeed(&mut self) -> bool {
-        self.failures = 0;
-        self.trouble.take().is_some()
+    /// Notes a success; whether there was trouble before, and is none any more.
+    pub(super) fn succeed(&mut self, call: Call) -> bool {
+        let road = self.road(call);
+        road.failures = 0;
+        road.paused_until = None;
+        self.failures() == 0 && self.trouble.take().is_some()
     }
 
     /// Notes a failure, and gives the pause that follows. Several that fail together are one. `jitter`: 0 to 1, so
     /// that nodes and CDNs do not fall into step.
     pub(super) fn fail(
         &mut self,
+        call: Call,
         error: &CdnError,
         (at, now): (Timestamp, Instant),
         jitter: f64,
-        is_urgent: bool,
     ) -> Duration {
-        if !self.is_paused(now) {
-            self.failures = self.failures.saturating_add(1);
+        let since = self.failing_since().unwrap_or(at);
+        self.trouble = Some((since, error.to_string()));
+        let road = self.road(call);
+        if !road.is_paused(now) {
+            road.failures = road.failures.saturating_add(1);
         }
-        let doublings = self.failures.saturating_sub(1).min(16);
-        let longest = if is_urgent { LONGEST_URGENT_PAUSE } else { LONGEST_PAUSE };
-        let pause = FIRST_PAUSE.saturating_mul(1 << doublings).min(longest);
+        let doublings = road.failures.saturating_sub(1).min(16);
+        let pause = FIRST_PAUSE.saturating_mul(1 << doublings).min(road.longest_pause);
         // Between half of it and all of it.
         let pause = pause.mul_f64(0.5 + 0.5 * jitter.clamp(0.0, 1.0));
         let pause = pause.max(error.retry_after.unwrap_or_default().min(LONGEST_RETRY_AFTER));
-        let since = self.failing_since().unwrap_or(at);
-        self.trouble = Some((since, error.to_string(), now + pause));
+        road.paused_until = Some(now + pause);
         pause
     }
 
+    /// In a row, of whichever purpose has more.
     pub(super) fn failures(&self) -> u32 {
-        self.failures
+        self.writes.failures.max(self.purges.failures)
     }
 
     pub(super) fn failing_since(&self) -> Option<Timestamp> {
-        self.trouble.as_ref().map(|(since, _, _)| *since)
+        self.trouble.as_ref().map(|(since, _)| *since)
     }
 
     /// Why it does not do what it is asked.
     pub(super) fn trouble(&self) -> Option<&str> {
-        self.trouble.as_ref().map(|(_, why, _)| why.as_str())
+        self.trouble.as_ref().map(|(_, why)| why.as_str())
     }
 }
 
@@ -172,24 +201,37 @@ mod tests {
         let mut now = start;
         let mut pauses = Vec::new();
         for _ in 0..12 {
-            let pause = pace.fail(&away(), (AT, now), 1.0, false);
-            assert!(pace.is_paused(now) && !pace.is_paused(now + pause));
+            let pause = pace.fail(Call::Write, &away(), (AT, now), 1.0);
+            assert!(pace.is_paused(Call::Write, now) && !pace.is_paused(Call::Write, now + pause));
             now += pause;
             pauses.push(pause);
         }
         assert_eq!(pauses[..3], [500, 1_000, 2_000].map(Duration::from_millis));
         assert_eq!(pauses[11], LONGEST_PAUSE);
-        assert_eq!(pace.fail(&away(), (AT, now), 0.0, true), LONGEST_URGENT_PAUSE / 2);
-        assert_eq!((pace.failures(), pace.failing_since()), (13, Some(AT)));
-        assert!(pace.succeed() && !pace.succeed());
+        assert_eq!((pace.failures(), pace.failing_since()), (12, Some(AT)));
+        assert!(pace.succeed(Call::Write) && !pace.succeed(Call::Write));
         assert_eq!((pace.failures(), pace.trouble()), (0, None));
+    }
+
+    #[test]
+    fn keys_that_fail_hold_up_no_purge() {
+        let now = Instant::now();
+        let mut pace = Pace::new(LIMITS, now);
+        pace.fail(Call::Write, &away(), (AT, now), 1.0);
+        assert!(!pace.is_paused(Call::Purge, now));
+        (0..12).fold(now, |now, _| now + pace.fail(Call::Purge, &away(), (AT, now), 1.0));
+        assert_eq!(pace.fail(Call::Purge, &away(), (AT, now), 0.0), LONGEST_PURGE_PAUSE / 2);
+        assert!(!pace.succeed(Call::Write), "purges still fail");
+        assert!(pace.trouble().is_some() && pace.succeed(Call::Purge));
     }
 
     #[test]
     fn calls_that_fail_together_are_one_failure() {
         let now = Instant::now();
         let mut pace = Pace::new(LIMITS, now);
-        (0..20).for_each(|_| drop(pace.fail(&away(), (AT, now), 1.0, false)));
+        for _ in 0..20 {
+            pace.fail(Call::Write, &away(), (AT, now), 1.0);
+        }
         assert_eq!(pace.failures(), 1);
     }
 
@@ -201,7 +243,7 @@ mod tests {
             ..CdnError::new(CdnFault::RateLimited, "slow down")
         };
         let mut pace = Pace::new(LIMITS, now);
-        assert_eq!(pace.fail(&limited(90), (AT, now), 0.5, true), Duration::from_secs(90));
-        assert_eq!(pace.fail(&limited(999_999), (AT, now), 0.5, true), LONGEST_RETRY_AFTER);
+        assert_eq!(pace.fail(Call::Purge, &limited(90), (AT, now), 0.5), Duration::from_secs(90));
+        assert_eq!(pace.fail(Call::Purge, &limited(999_999), (AT, now), 0.5), LONGEST_RETRY_AFTER);
     }
 }

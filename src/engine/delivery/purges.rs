@@ -58,13 +58,14 @@ impl Core {
         let mut open: Vec<_> = incidents
             .into_iter()
             .filter_map(|mut incident| {
-                let is_ours = |row: &IncidentCdnRow| row.cdn == place.cdn.name && row.state != PurgeState::Complete;
+                let is_ours =
+                    |row: &IncidentCdnRow| row.cdn == place.cdn.name && row.state != PurgeState::Complete;
                 let at = incident.cdns.iter().position(is_ours)?;
                 let row = incident.cdns.swap_remove(at);
                 Some((incident, row))
             })
             .collect();
-        if open.is_empty() || place.pace.lock().is_paused(Instant::now()) {
+        if open.is_empty() || place.pace.lock().is_paused(Call::Purge, Instant::now()) {
             return Ok(open.len());
         }
         let now = self.now();
@@ -96,7 +97,9 @@ impl Core {
         let mut which = which.iter().copied().peekable();
         while which.peek().is_some() {
             let (mut batch, mut keys) = (Vec::new(), Vec::new());
-            while let Some(at) = which.next_if(|at| batch.is_empty() || keys.len() + open[*at].0.keys.len() <= at_once) {
+            while let Some(at) =
+                which.next_if(|at| batch.is_empty() || keys.len() + open[*at].0.keys.len() <= at_once)
+            {
                 keys.extend_from_slice(&open[at].0.keys);
                 batch.push(at);
             }
@@ -119,10 +122,10 @@ impl Core {
                 self.store.note_purge(incident.id, row).await?;
             }
             if let Err(error) = done {
-                self.note_cdn_failure(place, &error, true).await;
+                self.note_cdn_failure(place, Call::Purge, &error).await;
                 return Ok(());
             }
-            self.note_cdn_up(place).await;
+            self.note_cdn_up(place, Call::Purge).await;
         }
         Ok(())
     }
@@ -195,7 +198,7 @@ impl Core {
                 let (cdn, incident) = (&place.cdn.name, incident.id);
                 tracing::info!(cdn, %incident, took_millis = took.as_millis(), "the CDN has let go of revoked keys");
                 self.shared.metrics.revocation_seconds.with_label_values(&[cdn]).observe(took.as_secs_f64());
-                self.note_cdn_up(place).await;
+                self.note_cdn_up(place, Call::Purge).await;
             }
             Ok(Some(left)) => {
                 row.last_error = Some(left);
@@ -204,7 +207,7 @@ impl Core {
             }
             Err(error) => {
                 row.last_error = Some(error.to_string());
-                self.note_cdn_failure(place, &error, true).await;
+                self.note_cdn_failure(place, Call::Purge, &error).await;
             }
         }
         let is_complete = self.store.note_purge(incident.id, row).await?;
@@ -215,11 +218,7 @@ impl Core {
     }
 
     /// What the edge still gives out, in words.
-    async fn what_is_left(
-        &self,
-        place: &Place,
-        incident: &IncidentRow,
-    ) -> Result<Option<String>, CdnError> {
+    async fn what_is_left(&self, place: &Place, incident: &IncidentRow) -> Result<Option<String>, CdnError> {
         let cdn = &place.cdn.cdn;
         for key in &incident.keys {
             // The shield says "gone"; an edge's own store says that it has none.
@@ -261,14 +260,24 @@ fn next(incident: &IncidentRow, row: &IncidentCdnRow, now: Timestamp, settles_wi
         (PurgeState::Pending, None) => Next::Purge,
         // Something was left: again and again, with pauses that grow.
         (PurgeState::Pending, Some(at)) => {
-            let pause = FIRST_PURGE_AGAIN.saturating_mul(1 << row.purges.saturating_sub(2).min(8)).min(LAST_PURGE_AGAIN);
+            let pause = FIRST_PURGE_AGAIN
+                .saturating_mul(1 << row.purges.saturating_sub(2).min(8))
+                .min(LAST_PURGE_AGAIN);
             if now.since(at) >= pause { Next::Purge } else { Next::Wait }
         }
         (PurgeState::Purged, Some(at)) if at < last => {
-            if now >= last { Next::Purge } else { Next::Wait }
+            if now >= last {
+                Next::Purge
+            } else {
+                Next::Wait
+            }
         }
         (PurgeState::Purged, _) => {
-            if now >= incident.revoked_at.plus(settles_within) { Next::Probe } else { Next::Wait }
+            if now >= incident.revoked_at.plus(settles_within) {
+                Next::Probe
+            } else {
+                Next::Wait
+            }
         }
     }
 }
@@ -299,8 +308,11 @@ mod tests {
         let row = IncidentCdnRow {
             state,
             purges: u32::try_from(purged.len()).unwrap(),
+            cdn: "a".into(),
             purged_at: purged.last().map(|millis| at(*millis)),
-            ..IncidentCdnRow::pending("a".into(), at(0))
+            last_error: None,
+            updated_at: at(0),
+            completed_at: None,
         };
         let settles = Duration::from_secs(settles_secs);
         assert_eq!(next(&incident, &row, at(now), settles), expected, "{state:?} {purged:?} at {now}");

@@ -9,7 +9,7 @@ use crate::cdn::DeliveryMode;
 use crate::engine::stream::Stream;
 use crate::engine::{Operator, OperatorError};
 use crate::keys::{CdnSet, IncidentId, KeyId, StreamId, Timestamp};
-use crate::store::{CdnStateRow, DeliveryState, IncidentRow, PurgeState};
+use crate::store::{CdnStateRow, DeliveryState, IncidentRow, NewIncident, PurgeState};
 
 /// How far a CDN has what it should.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -129,6 +129,31 @@ impl From<IncidentRow> for Incident {
     }
 }
 
+impl Incident {
+    /// One that was stored a moment ago.
+    pub(in crate::engine) fn begun(new: NewIncident, successor: KeyId) -> Self {
+        let at_cdn = |cdn| IncidentAtCdn {
+            cdn,
+            state: PurgeState::Pending,
+            purges: 0,
+            purged_at: None,
+            completed_at: None,
+            last_error: None,
+        };
+        Self {
+            id: new.id,
+            stream: new.stream,
+            reason: new.reason,
+            revoked_by: new.actor,
+            revoked_at: new.revoked_at,
+            keys: new.keys,
+            successor,
+            completed_at: new.cdns.is_empty().then_some(new.revoked_at),
+            cdns: new.cdns.into_iter().map(at_cdn).collect(),
+        }
+    }
+}
+
 impl Operator {
     /// Every CDN of this shield, in the order of its configuration.
     pub async fn cdns(&self) -> Result<Vec<CdnStatus>, OperatorError> {
@@ -194,15 +219,14 @@ impl Operator {
         Ok(all)
     }
 
-    /// Incidents, the newest first, at most `limit` that are older than `before`; of one stream, or of all.
+    /// Incidents, the newest first, at most `limit` that are older than `before`.
     pub async fn incidents(
         &self,
-        stream: Option<&StreamId>,
         before: Option<IncidentId>,
         limit: usize,
     ) -> Result<Vec<Incident>, OperatorError> {
         let limit = u32::try_from(limit).unwrap_or(u32::MAX);
-        let rows = self.core.store.incidents(stream, before, limit).await?;
+        let rows = self.core.store.incidents(before, limit).await?;
         Ok(rows.into_iter().map(Incident::from).collect())
     }
 

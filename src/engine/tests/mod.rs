@@ -1,6 +1,7 @@
 //! The engine on a real store and a clock that stands still.
 
 mod deks;
+mod delivery;
 mod operators;
 mod policies;
 
@@ -8,7 +9,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{DekRules, Engine, Fleet, Operator, Published, Shown, Stream, StreamSpec, Worker};
+use super::{DekRules, DeliveryRules, Engine, Fleet, Operator, Published, Shown, Stream, StreamSpec, Worker};
+use crate::cdn::NamedCdn;
 use crate::clock::Clock;
 use crate::keys::{
     Boundary, MediaSequenceNumber, Ordinal, PlaylistWindow, Policy, REPORT_INTERVAL, Timestamp,
@@ -46,6 +48,17 @@ impl Node {
         kms: Arc<dyn Kms>,
         rules: DekRules,
     ) -> Self {
+        let node = Self::start_with(dir, clock, (poll_interval, kms, rules), Vec::new(), spec());
+        node.await
+    }
+
+    async fn start_with(
+        dir: &Path,
+        clock: Clock,
+        (poll_interval, kms, rules): (Duration, Arc<dyn Kms>, DekRules),
+        cdns: Vec<NamedCdn>,
+        spec: StreamSpec,
+    ) -> Self {
         let (engine, seat) = Engine::new(clock.clone(), Metrics::new());
         let store = Store::open(&Location::Sqlite(dir.join("keyshield.db")), 4).await.unwrap();
         let kms = Arc::new(Keyring::of("local", kms));
@@ -56,7 +69,10 @@ impl Node {
             sweep_interval: Duration::from_millis(1),
             lease: Duration::from_millis(400),
         };
-        let worker = Worker::load(seat, store, kms, rules, fleet, vec![spec()]).await.unwrap();
+        let worker =
+            Worker::load(seat, store, kms, rules, fleet, (cdns, DeliveryRules::default()), vec![spec])
+                .await
+                .unwrap();
         let operator = worker.operator();
         let sweeps = tokio::spawn(worker.run());
         Self { engine, operator, clock, sweeps }
