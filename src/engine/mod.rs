@@ -20,6 +20,7 @@ mod operate;
 mod operator;
 mod renew;
 mod rewrap;
+mod samples;
 mod stream;
 mod supply;
 mod sweeps;
@@ -41,7 +42,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot, wat
 pub use deks::DekRules;
 use directory::Directory;
 pub use held::{HeldStatus, KeyUse, KmsStatus};
-pub use live::{ClearInitSigner, LiveKey, Revoked};
+pub use live::{BREAK_OFF_AFTER, ClearInitSigner, LiveKey, Revoked};
 pub use operate::Operator;
 pub use operator::{
     Erased, Initialized, KeyInfo, ManualRotation, OperatorError, PolicyChange, RenewedDek, Revocation,
