@@ -267,6 +267,15 @@ fn what_caches_were_told_to_keep_is_broken_off_when_its_key_is_taken_back() {
     let [known_end, chunked_end] =
         [known_reader, chunked_reader].map(|reader| std::thread::spawn(move || read_on(reader)));
 
+    // And one by HTTP/2, which gives up by itself if it must.
+    let file = shield.dir().join("http2");
+    let mut http2 = std::process::Command::new("curl")
+        .args(["-sN", "--http2-prior-knowledge", "--max-time", "15", "-o"])
+        .args([file.as_os_str(), segments[5].url.as_ref()])
+        .spawn()
+        .expect("curl is installed");
+    wait_for("the answer by HTTP/2", || (std::fs::metadata(&file).ok()?.len() > 50_000).then_some(()));
+
     let revoked = Instant::now();
     revoke(&shield);
     // These began after it: one under the successor, and one of a player that holds the older playlist.
@@ -289,9 +298,11 @@ fn what_caches_were_told_to_keep_is_broken_off_when_its_key_is_taken_back() {
     }
     wait_for("the answers that were broken off", || {
         let metrics = get(&format!("{}/metrics", shield.control)).text();
-        let aborted = "keyshield_responses_total{kind=\"segment\",status=\"aborted\"} 3";
+        let aborted = "keyshield_responses_total{kind=\"segment\",status=\"aborted\"} 4";
         metrics.lines().any(|line| line == aborted).then_some(())
     });
+    let code = http2.wait().unwrap().code();
+    assert!(matches!(code, Some(18 | 56 | 92)), "the stream is reset: {code:?}");
     let (rest, _) = read_on(unread_reader);
     assert!(unread.1.len() + rest.len() < LONG, "what nobody read did not become whole");
 
