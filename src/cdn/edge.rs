@@ -15,13 +15,8 @@ use reqwest::Client;
 use url::Url;
 
 use super::{CdnError, CdnFault};
-use crate::keys::{CheckValue, KeyId};
+use crate::keys::{CheckValue, KEY_HEADER, KeyId, SERVED_BY_HEADER};
 use crate::rest::{self, said};
-
-/// Names the key that an answer is, or was encrypted under.
-pub const KEY_HEADER: &str = "keyshield-key";
-/// Who answered for a key: `edge` or `shield`.
-pub const SERVED_BY_HEADER: &str = "keyshield-served-by";
 
 /// Where the edge is.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,8 +1,16 @@
 //! What is unwrapped: keys and signers, as the data plane holds them.
+//!
+//! A key tells those who are in the middle of an answer under it that it was taken back, and remembers what a few of
+//! those answers were (`samples`).
 
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::samples::Samples;
 use crate::keys::{
     CdnSet, ContentSecrets, DekId, IvMode, KeyId, KeyMethod, LinkKey, Ordinal, StreamId, Timestamp,
 };
@@ -10,6 +18,12 @@ use crate::store::KeyRow;
 
 /// Whether a stream is served; shared by the stream, its keys and its signers.
 pub(super) type Serving = Arc<AtomicBool>;
+
+/// How long an answer under a key may go on after this node has heard that the key was taken back. Its header says that
+/// caches may keep it, and was sent before; one that ends after a CDN was purged would be kept there nevertheless. So
+/// the last purge comes later than this, with room for what is on its way. Not at once: nearly all answers end by
+/// themselves in this time, and a player need not fetch again what it has the key for.
+pub const BREAK_OFF_AFTER: Duration = Duration::from_secs(3);
 
 /// A content key that is not destroyed, unwrapped.
 #[derive(Debug)]
@@ -22,11 +36,15 @@ pub struct LiveKey {
     pub iv_mode: IvMode,
     pub secrets: ContentSecrets,
     pub(super) serving: Serving,
-    revoked: OnceLock<Revoked>,
+    /// And since when this node knows.
+    revoked: OnceLock<(Revoked, Instant)>,
+    /// Rung once, when it is taken back.
+    taken_back: Notify,
     destroyed: AtomicBool,
     last_named_millis: AtomicI64,
     /// The CDNs that have shown it, as far as this node delivers; the bits of a [`CdnSet`].
     delivered: AtomicU32,
+    samples: Samples,
 }
 
 /// What holds for a key that was taken back.
@@ -55,9 +73,11 @@ impl LiveKey {
             secrets,
             serving,
             revoked: OnceLock::new(),
+            taken_back: Notify::new(),
             destroyed: AtomicBool::new(false),
             last_named_millis: AtomicI64::new(last_named_at.as_unix_millis()),
             delivered: AtomicU32::new(0),
+            samples: Samples::default(),
         }
     }
 
@@ -86,16 +106,42 @@ impl LiveKey {
 
     /// `Some` once the key was taken back: it is never handed out again.
     pub fn revoked(&self) -> Option<Revoked> {
-        self.revoked.get().copied()
+        self.revoked.get().map(|(revoked, _)| *revoked)
     }
 
     pub(super) fn revoke(&self, revoked: Revoked) {
         // A key is revoked once; who says so again says the same.
-        let _ = self.revoked.set(revoked);
+        if self.revoked.set((revoked, Instant::now())).is_ok() {
+            self.taken_back.notify_waiters();
+        }
     }
 
+    /// Whether answers under it that began before it was taken back are to be broken off. Costs a load until then.
+    pub fn breaks_off(&self) -> bool {
+        self.revoked.get().is_some_and(|(_, known)| known.elapsed() >= BREAK_OFF_AFTER)
+    }
+
+    /// Ends when [`Self::breaks_off`] becomes true.
+    pub async fn broken_off(&self) {
+        // Made before the look, so that no ring between the two is missed.
+        let taken_back = self.taken_back.notified();
+        if self.revoked.get().is_none() {
+            taken_back.await;
+        }
+        if let Some((_, known)) = self.revoked.get() {
+            tokio::time::sleep_until(*known + BREAK_OFF_AFTER).await;
+        }
+    }
+
+    /// Notes a request whose answer, under this key, caches may keep, by its path as it was asked for.
+    pub fn served(&self, path: &str, now: Timestamp) {
+        self.samples.note(path, now);
+    }
+
+    /// The last few paths, with their leading slash and without a query, that were answered under this key and may be
+    /// in caches; the oldest first.
     pub fn sample_paths(&self) -> Vec<String> {
-        Vec::new()
+        self.samples.paths()
     }
 
     /// Whether it is gone from the store, and here too but for what still holds it.
@@ -120,4 +166,60 @@ pub struct ClearInitSigner {
     pub dek: DekId,
     pub link: LinkKey,
     pub(super) serving: Serving,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::CONTENT_SECRET_LEN;
+    use crate::store::KeyLife;
+
+    fn key() -> Arc<LiveKey> {
+        let now = Timestamp::from_unix_millis(0);
+        let row = KeyRow {
+            id: KeyId::from_bytes([1; KeyId::LEN]),
+            ordinal: Ordinal::FIRST,
+            method: KeyMethod::Aes128,
+            iv_mode: IvMode::Segment,
+            dek: DekId::from_bytes([2; DekId::LEN]),
+            wrapped: Vec::new(),
+            life: KeyLife::pre_active(now),
+        };
+        let secrets = ContentSecrets::from_random(row.method, &[3; CONTENT_SECRET_LEN]);
+        let stream = "ch1".parse().unwrap();
+        Arc::new(LiveKey::new(&stream, &row, secrets, Serving::default(), now))
+    }
+
+    fn revoke(key: &LiveKey) {
+        let transition_until = Timestamp::from_unix_millis(1);
+        key.revoke(Revoked { successor: Ordinal::FIRST, transition_until });
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_is_broken_off_a_while_after_its_key_was_taken_back() {
+        let key = key();
+        let answers: Vec<_> = (0..3)
+            .map(|_| {
+                let key = Arc::clone(&key);
+                tokio::spawn(async move {
+                    key.broken_off().await;
+                    Instant::now()
+                })
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert!(!key.breaks_off() && answers.iter().all(|answer| !answer.is_finished()));
+        let at = Instant::now();
+        revoke(&key);
+        // Saying so again puts nothing off.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        revoke(&key);
+        assert!(!key.breaks_off());
+        for answer in answers {
+            assert_eq!((answer.await.unwrap() - at).as_secs(), BREAK_OFF_AFTER.as_secs());
+        }
+        assert!(key.breaks_off());
+        // Who comes now does not wait.
+        tokio::time::timeout(Duration::from_millis(1), key.broken_off()).await.unwrap();
+    }
 }

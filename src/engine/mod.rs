@@ -22,6 +22,7 @@ mod operator;
 mod renew;
 mod revoke;
 mod rewrap;
+mod samples;
 mod stream;
 mod supply;
 mod sweeps;
@@ -48,7 +49,7 @@ pub use delivery::{
 };
 use directory::Directory;
 pub use held::{HeldStatus, KeyUse, KmsStatus};
-pub use live::{ClearInitSigner, LiveKey, Revoked};
+pub use live::{BREAK_OFF_AFTER, ClearInitSigner, LiveKey, Revoked};
 pub use operate::Operator;
 pub use operator::{
     Erased, Initialized, KeyInfo, ManualRotation, OperatorError, PolicyChange, RenewedDek, Revocation,

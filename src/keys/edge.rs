@@ -28,6 +28,13 @@ use super::ids::{KeyId, StreamId};
 use super::secret::ContentKey;
 use super::time::Timestamp;
 
+/// The header that names the key that an answer is, or was encrypted under.
+pub const KEY_HEADER: &str = "keyshield-key";
+/// The header that says who answered for a key: `edge`, out of its own store, or [`SERVED_BY_SHIELD`].
+pub const SERVED_BY_HEADER: &str = "keyshield-served-by";
+/// See [`SERVED_BY_HEADER`].
+pub const SERVED_BY_SHIELD: &str = "shield";
+
 /// Bytes of a nonce; the caller draws them at random, new for every sealing.
 pub const EDGE_NONCE_LEN: usize = 16;
 

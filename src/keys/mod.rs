@@ -22,8 +22,8 @@ mod time;
 pub use delivery::{CdnSet, belongs_at_edges};
 pub use derive::{ByteRange, Iv, IvMode, LinkMac, Place, RenditionTag, Resource};
 pub use edge::{
-    CheckValue, EDGE_NONCE_LEN, EdgeCipher, EdgeError, EdgeSecret, SealedKey, TokenScope, open_at_edge,
-    seal_for_edge, viewer_token,
+    CheckValue, EDGE_NONCE_LEN, EdgeCipher, EdgeError, EdgeSecret, KEY_HEADER, SERVED_BY_HEADER,
+    SERVED_BY_SHIELD, SealedKey, TokenScope, open_at_edge, seal_for_edge, viewer_token,
 };
 pub use envelope::{Context, EnvelopeError, NONCE_LEN, SEAL_OVERHEAD, open, seal};
 pub use ids::{DekId, DekVersion, IdError, IncidentId, KeyId, MediaSequenceNumber, Ordinal, StreamId};

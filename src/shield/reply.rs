@@ -19,7 +19,7 @@ use super::playlist_body::PlaylistBodyError;
 use super::upstream::OriginError;
 use crate::engine::EngineError;
 use crate::hls::{LinkError, PlaylistError, SteeringError};
-use crate::keys::{KeyId, StreamId};
+use crate::keys::{KEY_HEADER, KeyId, SERVED_BY_HEADER, SERVED_BY_SHIELD, StreamId};
 
 /// Headers that scripts of other origins may read.
 const EXPOSED: &str = "Accept-Ranges, Age, Content-Length, Content-Range, ETag";
@@ -30,6 +30,10 @@ pub(super) const ALLOWED_METHODS: &str = "GET, HEAD, OPTIONS";
 const SURROGATE_KEY: HeaderName = HeaderName::from_static("surrogate-key");
 /// Cache tags, for Cloudflare, Akamai and CloudFront.
 const CACHE_TAG: HeaderName = HeaderName::from_static("cache-tag");
+/// Which key an answer is, or was encrypted under: a cached object then tells for itself.
+pub(super) const KEY: HeaderName = HeaderName::from_static(KEY_HEADER);
+/// On everything that is said of a key: who asks through a CDN must know who answered.
+pub(super) const SERVED_BY: HeaderName = HeaderName::from_static(SERVED_BY_HEADER);
 
 /// Why a request is not answered with what it asks for.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -159,6 +163,12 @@ impl Reply {
         self
     }
 
+    /// Whatever caches might do with it otherwise.
+    pub(super) fn never_kept(mut self) -> Self {
+        self.headers.retain(|(name, _)| name != CACHE_CONTROL);
+        self.with(CACHE_CONTROL, "no-store")
+    }
+
     /// Cache tags by which everything of a stream, or under a key, can be purged.
     pub(super) fn tagged(mut self, stream: &StreamId, keys: &[KeyId]) -> Self {
         self.headers.extend(tags(stream, keys));
@@ -177,8 +187,12 @@ impl From<&Refusal> for Reply {
         });
         let reply = Reply::new(status, "application/problem+json", body.to_string())
             .with(CACHE_CONTROL, refusal.cache_control());
-        // RFC 9110 §15.5.6.
-        if status == StatusCode::METHOD_NOT_ALLOWED { reply.with(ALLOW, ALLOWED_METHODS) } else { reply }
+        match refusal {
+            // RFC 9110 §15.5.6.
+            Refusal::Method => reply.with(ALLOW, ALLOWED_METHODS),
+            Refusal::NoKey | Refusal::KeyRevoked => reply.with(SERVED_BY, SERVED_BY_SHIELD),
+            _ => reply,
+        }
     }
 }
 

@@ -7,11 +7,14 @@ use crate::hls::{LinkedPath, MountError, OriginPath, canonical_path, normalized_
 use std::sync::Arc;
 
 const KEY_PATH: &str = "/api/hls/keys/";
+/// Behind a key's path: what proves the key without giving it.
+const CHECK: &str = "/check";
 
 /// Where a request goes.
 #[derive(Debug)]
 pub(super) enum Route<'a> {
     Key { id: &'a str },
+    KeyCheck { id: &'a str },
     Segment { linked: LinkedPath },
     Playlist { stream: Arc<Stream>, place: OriginPath<'a> },
     PassThrough { place: OriginPath<'a> },
@@ -29,7 +32,10 @@ pub(super) fn route<'a>(
     // The guide's path always; a configured one too, where it is a path and not a CDN's URL.
     let key_id = path.strip_prefix(KEY_PATH).or_else(|| path.strip_prefix(&settings.key_uri_base));
     if let Some(id) = key_id {
-        return Ok(Route::Key { id });
+        return Ok(match id.strip_suffix(CHECK) {
+            Some(id) => Route::KeyCheck { id },
+            None => Route::Key { id },
+        });
     }
     if let Some(linked) = LinkedPath::parse(path)? {
         return Ok(Route::Segment { linked });
@@ -81,6 +87,7 @@ mod tests {
         let settings = ShieldSettings { key_uri_base: "/k/".into(), ..ShieldSettings::for_tests(mounts) };
         let found = match route(path, &settings, &engine) {
             Ok(Route::Key { id }) => format!("key {id}"),
+            Ok(Route::KeyCheck { id }) => format!("check {id}"),
             Ok(Route::Segment { linked }) => format!("segment {}", linked.path),
             Ok(Route::Playlist { stream, place }) => format!("{} {}", stream.id, place.path),
             Ok(Route::PassThrough { place }) => format!("through {}", place.path),
@@ -118,6 +125,9 @@ mod tests {
     fn keys_and_links_are_told_first() {
         check("/api/hls/keys/abc", "key abc");
         check("/k/abc", "key abc");
+        check("/api/hls/keys/abc/check", "check abc");
+        check("/k/abc/check", "check abc");
+        check("/k/abc/check/", "key abc/check/");
         let id = "ab".repeat(16);
         check(&format!("/live/ch1/~{id}.7.AAAAAAAAAAAAAAAA/s.ts"), "segment /live/ch1/s.ts");
         check(&format!("/live/ch1/~{id}.7.bad/s.ts"), "403");

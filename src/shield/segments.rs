@@ -4,6 +4,7 @@
 //! bytes are a flow: fetched and encrypted once, read by everyone who asks. An init section that is served
 //! in clear takes the same way without the cipher.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use http::header::{
@@ -18,12 +19,14 @@ use sha2::{Digest, Sha256};
 use super::fill::Fill;
 use super::flow::{Flow, FlowKey};
 use super::range::{Wanted, wanted};
-use super::reply::{Refusal, add_cors, names_etag, tags};
+use super::reply::{KEY, Refusal, add_cors, names_etag, tags};
 use super::service::Shield;
 use super::upstream::OriginError;
 use crate::engine::{ClearInitSigner, EngineError, LiveKey};
 use crate::hls::{Link, LinkedPath, Mount, OriginKey, OriginPath, canonical_path, read_successor};
 use crate::keys::{DekId, KeyId, LinkKey, Ordinal, Place, StreamId};
+
+const KEY_REVOKED: &str = "the segment's key was revoked while it was sent";
 
 /// Who signed a link: a content key, or the signer of what is served as it is.
 pub(super) enum Signer {
@@ -35,7 +38,7 @@ pub(super) enum Signer {
 struct Cipher {
     key: Arc<LiveKey>,
     /// `false`: this is for the one who asks, mostly a player that holds an older playlist, and for nobody after it.
-    may_be_kept: bool,
+    is_for_all: bool,
 }
 
 impl Cipher {
@@ -49,7 +52,7 @@ impl Cipher {
         };
         let Some(revoked) = signer.revoked() else {
             // Nobody may keep this for an `r` that no playlist has named yet.
-            return Ok(Self { key: Arc::clone(signer), may_be_kept: asked.is_none() });
+            return Ok(Self { key: Arc::clone(signer), is_for_all: asked.is_none() });
         };
         let chain = shield.engine.successors(signer);
         let in_force = chain.last().filter(|key| key.revoked().is_none()).ok_or(Refusal::LinkKeyGone)?;
@@ -60,7 +63,12 @@ impl Cipher {
         };
         let is_transitional = revoked.is_some_and(|r| shield.clock.now() < r.transition_until);
         let key = if is_transitional { named } else { in_force };
-        Ok(Self { key: Arc::clone(key), may_be_kept: !is_transitional && !is_unknown })
+        Ok(Self { key: Arc::clone(key), is_for_all: !is_transitional && !is_unknown })
+    }
+
+    /// Whether caches may keep what is under it. The key may have been taken back since it was chosen.
+    fn may_be_kept(&self) -> bool {
+        self.is_for_all && self.key.revoked().is_none()
     }
 }
 
@@ -91,8 +99,16 @@ pub(super) struct Opened {
 }
 
 impl Opened {
+    fn key(&self) -> Option<&Arc<LiveKey>> {
+        self.cipher.as_ref().map(|cipher| &cipher.key)
+    }
+
     fn keys(&self) -> &[KeyId] {
-        self.cipher.as_ref().map_or(&[], |cipher| std::slice::from_ref(&cipher.key.id))
+        self.key().map_or(&[], |key| std::slice::from_ref(&key.id))
+    }
+
+    fn may_be_kept(&self) -> bool {
+        self.cipher.as_ref().is_none_or(Cipher::may_be_kept)
     }
 }
 
@@ -174,7 +190,10 @@ pub(super) async fn open(
     }
     let etag = format!("\"{etag}\"");
     let (stream, place) = (signer.stream().clone(), link.place);
-    if if_none_match.is_some_and(|tags| names_etag(tags, &etag)) {
+    // There are caches that keep what they have for as long again after any 304: under a key that was taken back there
+    // is none.
+    let may_be_kept = cipher.as_ref().is_none_or(Cipher::may_be_kept);
+    if may_be_kept && if_none_match.is_some_and(|tags| names_etag(tags, &etag)) {
         return Ok(Opened { flow: None, etag, stream, cipher, place });
     }
     let key = FlowKey {
@@ -244,6 +263,7 @@ pub(super) async fn answer(session: &mut Session, shield: &Shield, opened: &Open
         Wanted::Part(range) => (StatusCode::PARTIAL_CONTENT, range.clone()),
         Wanted::Unsatisfiable => (StatusCode::RANGE_NOT_SATISFIABLE, 0..0),
     };
+    let may_be_kept = opened.may_be_kept();
     let build = || -> pingora::Result<ResponseHeader> {
         let mut header = ResponseHeader::build(status, Some(12))?;
         header.insert_header(ETAG, &opened.etag)?;
@@ -251,7 +271,7 @@ pub(super) async fn answer(session: &mut Session, shield: &Shield, opened: &Open
         let max_age = shield.settings.segment_max_age.as_secs();
         let cache_control = match status {
             StatusCode::RANGE_NOT_SATISFIABLE => "no-store".to_owned(),
-            _ if opened.cipher.as_ref().is_some_and(|cipher| !cipher.may_be_kept) => "no-store".to_owned(),
+            _ if !may_be_kept => "no-store".to_owned(),
             // As keys of our own.
             _ if opened.place == Place::OriginKey => {
                 format!("private, max-age={}", shield.settings.key_max_age.as_secs())
@@ -261,6 +281,9 @@ pub(super) async fn answer(session: &mut Session, shield: &Shield, opened: &Open
         header.insert_header(CACHE_CONTROL, cache_control)?;
         for (name, value) in tags(&opened.stream, opened.keys()) {
             header.insert_header(name, value)?;
+        }
+        if let Some(key) = opened.key() {
+            header.insert_header(KEY, key.id.to_string())?;
         }
         add_cors(&mut header, origin.as_ref(), &shield.settings.cors_origins)?;
         match (status, total) {
@@ -290,15 +313,45 @@ pub(super) async fn answer(session: &mut Session, shield: &Shield, opened: &Open
         build().map_err(|error| OriginError::BrokeOff { origin: "header".into(), why: error.to_string() })?;
     let no_body = is_head || bytes.is_empty();
     let mut sent = 0;
+    // What caches may keep under a key, its revocation concerns.
+    let kept_under = opened.key().filter(|_| may_be_kept);
     let outcome = async {
         session.write_response_header(Box::new(header), no_body).await?;
         let Some(flow) = opened.flow.as_ref().filter(|_| !no_body) else { return Ok(()) };
-        let mut reader = flow.read(bytes.clone());
+        send_body(session, flow, bytes, kept_under, &mut sent).await
+    }
+    .await;
+    if let Some(key) = kept_under
+        && outcome.is_ok()
+        && !is_head
+        && status != StatusCode::RANGE_NOT_SATISFIABLE
+    {
+        key.served(session.req_header().uri.path(), shield.clock.now());
+    }
+    Ok(Sent { status, bytes: sent, outcome })
+}
+
+/// Sends the bytes of a flow, and counts them in `sent`. `kept_under`: the key whose revocation breaks the answer off,
+/// because caches were told that they may keep it.
+async fn send_body(
+    session: &mut Session,
+    flow: &Arc<Flow>,
+    bytes: Range<u64>,
+    kept_under: Option<&Arc<LiveKey>>,
+    sent: &mut u64,
+) -> pingora::Result<()> {
+    let mut reader = flow.read(bytes.clone());
+    let sending = async {
         loop {
-            match reader.next().await {
+            let chunk = reader.next().await;
+            // Where neither the origin nor the reader is ever waited for, the revocation is not heard of below.
+            if kept_under.is_some_and(|key| key.breaks_off()) {
+                return abort(KEY_REVOKED);
+            }
+            match chunk {
                 Ok(Some(chunk)) => {
-                    sent += chunk.len() as u64;
-                    let last = bytes.end != u64::MAX && sent == bytes.end - bytes.start;
+                    *sent += chunk.len() as u64;
+                    let last = bytes.end != u64::MAX && *sent == bytes.end - bytes.start;
                     session.write_response_body(Some(chunk), last).await?;
                     if last {
                         return Ok(());
@@ -315,9 +368,13 @@ pub(super) async fn answer(session: &mut Session, shield: &Shield, opened: &Open
                 }
             }
         }
+    };
+    let Some(key) = kept_under else { return sending.await };
+    tokio::select! {
+        biased;
+        outcome = sending => outcome,
+        () = key.broken_off() => abort(KEY_REVOKED),
     }
-    .await;
-    Ok(Sent { status, bytes: sent, outcome })
 }
 
 /// What became of an answer whose header was sent.

@@ -215,6 +215,10 @@ impl Shield {
                 notes.kind = "key";
                 keys::serve(id, &self.engine, &self.settings).await.map(Handled::Reply)
             }
+            Route::KeyCheck { id } => {
+                notes.kind = "key";
+                Ok(Handled::Reply(keys::check(id, &self.engine).await))
+            }
             Route::Segment { linked } if linked.link.place.is_a_document() => {
                 notes.kind = "document";
                 documents::serve(self, &linked, query.as_deref().unwrap_or_default())

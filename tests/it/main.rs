@@ -8,6 +8,7 @@ mod control_api;
 mod corpus;
 mod daemon;
 mod data_plane;
+mod edge_answers;
 #[cfg(feature = "faults")]
 mod faults;
 mod fleet;

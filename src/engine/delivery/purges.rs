@@ -1,8 +1,8 @@
 //! Letting go of keys that were taken back: out of the edge's store, out of every cache, and looked after.
 //!
 //! A revocation's incident is a row, with one for each CDN. Each CDN has a road for these alone, so that a slow lane, or
-//! a slow neighbour, keeps nobody from purging. A purge is repeated [`LAST_PURGE_AFTER`] the revocation: an answer under
-//! the old key that was under way would be cached behind the first one. Then the edge is asked what it gives out, and
+//! a slow neighbour, keeps nobody from purging. A purge is repeated when every node has broken off the
+//! answers under the old key that were under way: they would be cached behind the first one. Then the edge is asked what it gives out, and
 //! while that is a revoked key, or what was encrypted under one, it is purged again.
 
 use std::sync::Arc;
@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 use super::Place;
 use super::pace::Call;
 use crate::cdn::{CdnError, CdnFault, DeliveryMode, KeySeen, Purge};
+use crate::engine::live::BREAK_OFF_AFTER;
 use crate::engine::worker::Core;
 use crate::fault;
 use crate::keys::{KeyId, Timestamp};
 use crate::store::{IncidentCdnRow, IncidentRow, PurgeState, StoreError};
 
-/// Behind the moment at which the data plane breaks off what is under way (`shield`: 3 s), and until nodes have heard.
-const LAST_PURGE_AFTER: Duration = Duration::from_secs(4);
+/// Behind the moment at which a node breaks off what is under way, which is so long after it has heard of the revocation.
+const LAST_PURGE_SLACK: Duration = Duration::from_secs(1);
 /// How often incidents are looked for, and worked on.
 const TICK: Duration = Duration::from_secs(1);
 const TICK_WHILE_OPEN: Duration = Duration::from_millis(100);
@@ -71,7 +72,8 @@ impl Core {
         let now = self.now();
         let (mut to_purge, mut to_probe): (Vec<_>, Vec<_>) = (Vec::new(), Vec::new());
         for (at, (incident, row)) in open.iter().enumerate() {
-            match next(incident, row, now, place.cdn.cdn.limits().settles_within) {
+            let settles_within = place.cdn.cdn.limits().settles_within;
+            match next(incident, row, now, (self.last_purge_after(), settles_within)) {
                 Next::Purge => to_purge.push(at),
                 Next::Probe => to_probe.push(at),
                 Next::Wait => {}
@@ -83,6 +85,12 @@ impl Core {
             self.probe(place, incident, row).await?;
         }
         Ok(open.len())
+    }
+
+    /// When nothing that was under way at a revocation can come to a cache any more: nodes hear of it within the poll
+    /// interval, and then break it off.
+    fn last_purge_after(&self) -> Duration {
+        BREAK_OFF_AFTER + self.fleet.poll_interval.max(LAST_PURGE_SLACK)
     }
 
     /// Purges for several incidents together, in as many calls as the vendor's limits ask for.
@@ -253,8 +261,14 @@ enum Next {
     Wait,
 }
 
-fn next(incident: &IncidentRow, row: &IncidentCdnRow, now: Timestamp, settles_within: Duration) -> Next {
-    let last = incident.revoked_at.plus(LAST_PURGE_AFTER);
+/// `last_purge_after`, `settles_within`: both from the revocation on.
+fn next(
+    incident: &IncidentRow,
+    row: &IncidentCdnRow,
+    now: Timestamp,
+    (last_purge_after, settles_within): (Duration, Duration),
+) -> Next {
+    let last = incident.revoked_at.plus(last_purge_after);
     match (row.state, row.purged_at) {
         (PurgeState::Complete, _) => Next::Wait,
         (PurgeState::Pending, None) => Next::Purge,
@@ -315,7 +329,11 @@ mod tests {
             completed_at: None,
         };
         let settles = Duration::from_secs(settles_secs);
-        assert_eq!(next(&incident, &row, at(now), settles), expected, "{state:?} {purged:?} at {now}");
+        assert_eq!(
+            next(&incident, &row, at(now), (Duration::from_secs(4), settles)),
+            expected,
+            "{state:?} {purged:?} at {now}"
+        );
     }
 
     #[test]
