@@ -115,7 +115,7 @@ impl Delivery {
 
 impl Core {
     /// Waits for a call of a CDN, no longer than the rules say, and notes what came of it.
-    pub(super) async fn ask<T>(
+    async fn ask<T>(
         &self,
         place: &Place,
         operation: &str,
@@ -132,7 +132,7 @@ impl Core {
     }
 
     /// Notes that a CDN does what it is asked.
-    pub(super) async fn note_cdn_up(&self, place: &Place, call: Call) {
+    async fn note_cdn_up(&self, place: &Place, call: Call) {
         let was_failing = place.pace.lock().succeed(call);
         self.shared.metrics.cdn_up.with_label_values(&[&place.cdn.name]).set(1);
         if was_failing {
@@ -142,7 +142,7 @@ impl Core {
     }
 
     /// Notes that a CDN has failed, and how long it is left alone for it.
-    pub(super) async fn note_cdn_failure(&self, place: &Place, call: Call, error: &CdnError) {
+    async fn note_cdn_failure(&self, place: &Place, call: Call, error: &CdnError) {
         let jitter = f64::from(u16::from_be_bytes(*crate::entropy::random::<2>())) / f64::from(u16::MAX);
         let (pause, failures) = {
             let mut pace = place.pace.lock();
