@@ -147,7 +147,8 @@ pub struct Player {
 }
 
 impl Player {
-    fn start(url: &str, duration: Duration) -> Self {
+    /// Starts one on a Multivariant Playlist.
+    pub fn start(url: &str, duration: Duration) -> Self {
         // Files, because nobody empties a pipe meanwhile.
         let (progress, said) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
         let ffmpeg = Command::new("ffmpeg")
