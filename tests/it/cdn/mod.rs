@@ -2,4 +2,5 @@
 
 pub(crate) mod caches;
 mod custom;
+mod documented;
 mod whole;

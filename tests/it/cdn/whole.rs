@@ -16,7 +16,7 @@ use serde_json::Value;
 use super::caches::{Nginx, Varnish};
 use crate::fleet::{Fleet, Player, ROTATION_INTERVAL, Store};
 use crate::fleet_origin::Media;
-use crate::harness::{pause, repository, secs_from};
+use crate::harness::{fetch_segments, free_port, get, pause, repository, secs_from};
 use crate::postgres::Postgres;
 
 /// Viewers by ffmpeg at either CDN; the stream with a limit of segments and one without are among theirs.
@@ -32,18 +32,21 @@ pub struct Whole {
     pub varnish: Varnish,
     pub nginx: Nginx,
     pub fleet: Fleet,
-    pub postgres: Arc<Postgres>,
+    _postgres: Arc<Postgres>,
 }
 
 impl Whole {
-    /// With an origin that lasts for `duration`.
-    pub fn start(streams: usize, duration: Duration) -> Self {
+    /// With an origin that lasts for `duration`. What the nodes' configuration says of the CDNs, in tables of its own, is
+    /// made when they are there.
+    pub fn start(streams: usize, duration: Duration, cdns: impl FnOnce(&Varnish, &Nginx) -> String) -> Self {
         let postgres = Postgres::shared();
         let store = Store::Postgres(postgres.database());
-        let fleet = Fleet::start(2, streams, &store, duration);
-        let address = |url: &str| url.strip_prefix("http://").unwrap().parse().unwrap();
-        let nodes: Vec<SocketAddr> = fleet.nodes.iter().map(|node| address(&node.url)).collect();
-        Self { varnish: Varnish::start(&nodes), nginx: Nginx::start(&nodes), fleet, postgres }
+        // The CDNs are there first: nodes find them at their start.
+        let ports = [free_port(), free_port()];
+        let nodes = ports.map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+        let (varnish, nginx) = (Varnish::start(&nodes), Nginx::start(&nodes));
+        let fleet = Fleet::start_at(&ports, streams, &store, duration, &cdns(&varnish, &nginx));
+        Self { varnish, nginx, fleet, _postgres: postgres }
     }
 
     fn edges(&self) -> [String; 2] {
@@ -109,13 +112,23 @@ impl Pages {
     }
 }
 
+/// A segment that viewers had comes from the cache.
+fn check_it_is_cached(edge: &str) {
+    let segments = fetch_segments(&format!("{edge}{}", Media::playlist_path(0, 0)));
+    let answer = get(&segments[0].url);
+    assert_eq!((answer.status, answer.header("x-cache")), (200, Some("HIT")), "{}", segments[0].url);
+}
+
 #[test]
 fn ten_viewers_play_through_two_cdns_over_rotations() {
     let duration = secs_from("WHOLE_SECS", 40);
-    let whole = Whole::start(FFMPEGS, duration + Duration::from_secs(20));
+    let whole = Whole::start(FFMPEGS, duration + Duration::from_secs(20), |_, _| String::new());
     let before = whole.fleet.rotated();
     let viewers = Viewers::start(&whole, duration);
     pause(duration);
+    for edge in whole.edges() {
+        check_it_is_cached(&edge);
+    }
     viewers.finish(duration);
 
     let rotated = whole.fleet.rotated() - before;
