@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use crate::fleet_origin::{FRAMES_PER_SEC, FleetOrigin, Media, RENDITIONS};
-use crate::harness::{Running, SOON, get, pause, secs_from};
+use crate::harness::{Running, SOON, free_port, get, pause, secs_from};
 use crate::nginx::Nginx;
 use crate::postgres::Postgres;
 use crate::watch::{Totals, Watch};
@@ -42,12 +42,18 @@ pub struct Fleet {
 impl Fleet {
     /// So many nodes for so many streams, whose origin lasts for `duration`.
     pub fn start(nodes: usize, streams: usize, store: &Store, duration: Duration) -> Self {
+        let ports: Vec<u16> = (0..nodes).map(|_| free_port()).collect();
+        Self::start_at(&ports, streams, store, duration, "")
+    }
+
+    /// As [`Self::start`], on ports that were known before, and with more in the configuration, in tables of its own.
+    pub fn start_at(ports: &[u16], streams: usize, store: &Store, duration: Duration, more: &str) -> Self {
         let shared = tempfile::tempdir().unwrap();
         let origin = FleetOrigin::start(streams, duration);
-        let config = configuration(&shared, store, &origin, streams);
+        let config = configuration(&shared, store, &origin, streams) + more;
         // One after the other: the first one makes the master key.
-        let node = |_| Running::serve_with(tempfile::tempdir().unwrap(), &config);
-        let nodes: Vec<_> = (0..nodes).map(node).collect();
+        let node = |port: &u16| Running::serve_at(*port, tempfile::tempdir().unwrap(), &config);
+        let nodes: Vec<_> = ports.iter().map(node).collect();
         let nginx = Nginx::before(&nodes.iter().map(|node| node.url.as_str()).collect::<Vec<_>>());
         Self { nginx, nodes, origin, streams, _shared: shared }
     }
@@ -147,7 +153,8 @@ pub struct Player {
 }
 
 impl Player {
-    fn start(url: &str, duration: Duration) -> Self {
+    /// Starts one on a Multivariant Playlist.
+    pub fn start(url: &str, duration: Duration) -> Self {
         // Files, because nobody empties a pipe meanwhile.
         let (progress, said) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
         let ffmpeg = Command::new("ffmpeg")

@@ -150,7 +150,18 @@ impl Running {
 
     /// As [`Self::serve_under`], without waiting until it is ready: it may never be.
     pub fn launch(dir: TempDir, config: &str, environment: &[(&str, &str)]) -> Self {
-        let (port, control_port) = (free_port(), free_port());
+        Self::launch_at(free_port(), dir, config, environment)
+    }
+
+    /// As [`Self::serve_with`], on a port that was known before, because something stands before it.
+    pub fn serve_at(port: u16, dir: TempDir, config: &str) -> Self {
+        let mut running = Self::launch_at(port, dir, config, &[]);
+        running.wait_until_ready();
+        running
+    }
+
+    fn launch_at(port: u16, dir: TempDir, config: &str, environment: &[(&str, &str)]) -> Self {
+        let control_port = free_port();
         let listeners = format!(
             "[shield]\nlisten = \"127.0.0.1:{port}\"\nshutdown_grace_secs = 0\n\
              [control]\nlisten = \"127.0.0.1:{control_port}\"\n"
