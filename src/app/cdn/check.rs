@@ -207,8 +207,8 @@ async fn read_back(cdn: &NamedCdn, key: KeyId, waiting: &Waiting<'_>) -> (Step, 
         }
         Waited::Late(_, after) => {
             let why = format!("after {} s the edge still does not have the key", after.as_secs());
-            let cure = "is the code at the edge bound to the store that the configuration names, and on the route of \
-                        key URIs?";
+            let cure = "is the code at the edge on the route of key URIs, bound to the store that the configuration \
+                        names, and given what `keyshield cdn secrets` prints for this CDN?";
             (Step::failed(NAME, why, cure), None)
         }
         Waited::Failed(error) => (Step::failed(NAME, &error, edge_cure(cdn.mode, &error)), None),

@@ -188,7 +188,7 @@ async fn without_the_api_there_is_nothing_to_store_and_the_cure_is_the_vendors()
     for (kind, part) in [
         ("cloudflare", "Workers KV"),
         ("cloudfront", "cloudfront:CreateInvalidation"),
-        ("fastly", "surrogate key"),
+        ("fastly", "purge_select"),
         ("custom", "cdn.custom_token"),
     ] {
         let refused = Fake { health: Some(CdnFault::Refused), ..good() };
@@ -222,7 +222,7 @@ async fn the_key_is_deleted_whatever_failed() {
 async fn an_edge_without_the_code_is_found_before_anybody_waits() {
     let begun = Instant::now();
     let (steps, _) = push(Fake { route: Some(CdnFault::Mismatch), ..good() }).await;
-    failed(&steps["route"], "deploy the code");
+    failed(&steps["route"], "deploy it there");
     skipped(&steps["read back"], "see route");
     assert_eq!(begun.elapsed(), Duration::ZERO);
 }

@@ -36,16 +36,16 @@ pub(super) fn cure(kind: &str, error: &CdnError) -> String {
 fn permission(kind: &str) -> &'static str {
     match kind {
         "cloudflare" => {
-            "the API token must be valid and have Zone: Cache Purge (Purge), and in push mode Account: Workers KV \
-             Storage (Edit)"
+            "the API token must be valid and have Zone: Zone (Read) and Zone: Cache Purge (Purge), and in push mode \
+             Account: Workers KV Storage (Edit)"
         }
         "cloudfront" => {
-            "the credentials must be valid and allow cloudfront:GetDistribution and cloudfront:CreateInvalidation, and \
-             in push mode cloudfront-keyvaluestore:DescribeKeyValueStore and cloudfront-keyvaluestore:UpdateKeys"
+            "the credentials must be valid and allow cloudfront:GetDistribution, cloudfront:CreateInvalidation and \
+             cloudfront:GetInvalidation, in push mode cloudfront-keyvaluestore:DescribeKeyValueStore and \
+             cloudfront-keyvaluestore:UpdateKeys, and with a signer cloudfront:GetKeyGroup"
         }
         "fastly" => {
-            "the API token must be valid and allowed to purge this service by surrogate key, and in push mode to change \
-             its dictionaries"
+            "the API token must be valid, be for this service and have the scope purge_select, and in push mode global"
         }
         _ => "the agent takes another token: see token_file and cdn.custom_token",
     }
@@ -70,7 +70,7 @@ pub(super) fn edge_cure(mode: DeliveryMode, error: &CdnError) -> String {
              may be cached"
         }
         (CdnFault::Mismatch, DeliveryMode::Push) => {
-            "deploy the code of edge/ on the route of key URIs, and give it what `keyshield cdn secrets` prints"
+            "the code at the edge must answer for the whole path of keys: deploy it there (docs/cdn.md)"
         }
         (CdnFault::NotFound | CdnFault::Invalid, _) => "is edge_url where players reach this CDN?",
     };
