@@ -3,7 +3,7 @@
 //! The only place that knows every room, chooses between adapters and opens what the configuration names.
 
 mod access;
-mod cdn;
+pub mod cdn;
 mod check;
 mod demo;
 mod health;

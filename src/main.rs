@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use keyshield::app::cdn::{self, CdnCommand};
 use keyshield::app::remote::{self, KeysCommand, KmsCommand, RemoteArgs, StreamsCommand};
 use keyshield::app::{self, DemoOptions, RewriteOptions};
 use keyshield::config::{Config, ConfigError, Effective, Environment, Setting};
@@ -94,6 +95,14 @@ enum Command {
         remote: RemoteArgs,
         #[command(subcommand)]
         command: KmsCommand,
+    },
+    /// The CDNs of a configuration: try them, and what their edges and viewers are given
+    #[command(
+        after_help = "Examples:\n  keyshield cdn check --config keyshield.toml\n  keyshield cdn secrets --config keyshield.toml --cdn edge-a\n\nSee docs/cdn.md."
+    )]
+    Cdn {
+        #[command(subcommand)]
+        command: CdnCommand,
     },
     /// Make a token for the control API, and the entry of the configuration that lets it in
     #[command(after_help = "Example:\n  keyshield token --name ci --role operator")]
@@ -337,6 +346,11 @@ fn run(command: Command) -> anyhow::Result<()> {
             let (text, left) = block_on(remote::kms(&remote, &command))??;
             print(&text)?;
             left.map_or(Ok(()), Err)
+        }
+        Command::Cdn { command } => {
+            let (text, wrong) = block_on(cdn::run(&command, &environment))??;
+            print(&text)?;
+            wrong.map_or(Ok(()), Err)
         }
         Command::Token { name, role } => print(&app::token(&name, role)),
         Command::Health { control } => print(&format!("{}\n", block_on(app::health(&control))??)),

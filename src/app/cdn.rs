@@ -1,11 +1,20 @@
-//! The CDNs that the configuration names, each by its vendor's connector.
+//! The CDNs that the configuration names, each by its vendor's connector, and the commands that work on them.
+
+mod args;
+mod check;
+mod cures;
+mod report;
+mod run;
+mod secrets;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use url::Url;
 
+pub use self::args::{CdnCommand, CdnTarget, TokenFor};
+pub use self::run::{Printed, run};
 use crate::cdn::{
     Cdn, CdnError, Cloudflare, CustomCdn, DeliveryMode, Edge, EdgeSettings, Fastly, NamedCdn, PlainCdn,
 };
@@ -17,38 +26,54 @@ use crate::keys::EdgeSecret;
 /// # Errors
 /// A file of authorities or of an edge secret that cannot be used. That nobody answers is no error here.
 pub(super) fn cdns(config: &Config) -> anyhow::Result<Vec<NamedCdn>> {
-    let of_vendors = config.cdns.iter().map(|cdn| {
-        let context = || format!("CDN {}", cdn.name);
-        Ok(NamedCdn {
-            name: cdn.name.clone(),
-            kind: cdn.vendor.kind(),
-            mode: cdn.mode,
-            edge: cdn.edge_url.to_string(),
-            secret: edge_secret(cdn).with_context(context)?,
-            cdn: connector(config, cdn).with_context(context)?,
-        })
-    });
-    let plain = config.cdn.endpoints.iter().map(|url| {
-        let name = endpoint_name(url);
-        let edge = edge(config, url, None, DeliveryMode::Pull).with_context(|| format!("CDN {name}"))?;
-        let cdn = Arc::new(PlainCdn::new(edge, config.key_max_age));
-        Ok(NamedCdn {
-            name,
-            kind: "plain",
-            mode: DeliveryMode::Pull,
-            edge: url.to_string(),
-            secret: None,
-            cdn,
-        })
-    });
-    of_vendors.chain(plain).collect()
+    let of_vendors = config.cdns.iter().map(|cdn| connect(config, cdn));
+    of_vendors.chain(config.cdn.endpoints.iter().map(|url| plain(config, url))).collect()
+}
+
+/// One of `[[cdns]]`.
+fn connect(config: &Config, cdn: &CdnConfig) -> anyhow::Result<NamedCdn> {
+    let context = || format!("CDN {}", cdn.name);
+    Ok(NamedCdn {
+        name: cdn.name.clone(),
+        kind: cdn.vendor.kind(),
+        mode: cdn.mode,
+        edge: cdn.edge_url.to_string(),
+        secret: edge_secret(cdn).with_context(context)?,
+        cdn: connector(config, cdn).with_context(context)?,
+    })
+}
+
+/// One of which only the address is known.
+fn plain(config: &Config, url: &Url) -> anyhow::Result<NamedCdn> {
+    let name = endpoint_name(url);
+    let edge = edge(config, url, None, DeliveryMode::Pull).with_context(|| format!("CDN {name}"))?;
+    let cdn = Arc::new(PlainCdn::new(edge, config.key_max_age));
+    let (mode, edge) = (DeliveryMode::Pull, url.to_string());
+    Ok(NamedCdn { name, kind: "plain", mode, edge, secret: None, cdn })
+}
+
+/// The entry of a name.
+fn find<'c>(config: &'c Config, name: &str) -> anyhow::Result<&'c CdnConfig> {
+    if config.cdn.endpoints.iter().any(|url| endpoint_name(url) == name) {
+        return Err(anyhow!("of CDN {name} only the address is known: give it an entry in [[cdns]]"));
+    }
+    config.cdns.iter().find(|cdn| cdn.name == name).ok_or_else(|| unknown(config, name))
+}
+
+fn unknown(config: &Config, name: &str) -> anyhow::Error {
+    let of_vendors = config.cdns.iter().map(|cdn| cdn.name.clone());
+    let names: Vec<_> = of_vendors.chain(config.cdn.endpoints.iter().map(endpoint_name)).collect();
+    match names.is_empty() {
+        true => anyhow!("there is no CDN {name:?}: none is configured"),
+        false => anyhow!("there is no CDN {name:?}: configured are {}", names.join(", ")),
+    }
 }
 
 /// The secret under which keys lie at this CDN's edge, if it has one.
 ///
 /// # Errors
 /// A file that cannot be read or holds something else.
-pub(super) fn edge_secret(cdn: &CdnConfig) -> anyhow::Result<Option<EdgeSecret>> {
+fn edge_secret(cdn: &CdnConfig) -> anyhow::Result<Option<EdgeSecret>> {
     let Some(credential) = &cdn.secret else { return Ok(None) };
     let text = credential.read().map_err(anyhow::Error::msg).context("edge_secret_file")?;
     let secret = text.expose().parse::<EdgeSecret>().context("edge_secret_file")?;
