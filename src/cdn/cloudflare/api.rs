@@ -65,8 +65,8 @@ impl Api {
                 ));
             }
         }
-        let client = rest::client(None, settings.timeout)
-            .map_err(|why| CdnError::new(CdnFault::Invalid, why))?;
+        let client =
+            rest::client(None, settings.timeout).map_err(|why| CdnError::new(CdnFault::Invalid, why))?;
         Ok(Self { settings, client })
     }
 

@@ -115,7 +115,8 @@ fn advice(doing: Doing, fault: CdnFault) -> String {
             format!(". Give the API token the permission {permission}, or make one that has it")
         }
         (CdnFault::Refused, None) => {
-            ". Is the API token whole, not revoked, not expired, and used from an address that it allows?".into()
+            ". Is the API token whole, not revoked, not expired, and used from an address that it allows?"
+                .into()
         }
         (CdnFault::NotFound, _) => format!(". Look at {}", doing.settings()),
         (CdnFault::RateLimited, _) if doing == Doing::Purging => {
@@ -133,8 +134,7 @@ fn told_by_quota(headers: &HeaderMap) -> Option<Duration> {
         values.flat_map(|value| value.split(',')).map(str::to_owned).collect()
     };
     let used_up = |item: &&String| parameter(item, "r") == Some(0);
-    let until_more =
-        lists("ratelimit").iter().filter(used_up).filter_map(|item| parameter(item, "t")).max();
+    let until_more = lists("ratelimit").iter().filter(used_up).filter_map(|item| parameter(item, "t")).max();
     let window = || lists("ratelimit-policy").iter().filter_map(|item| parameter(item, "w")).max();
     until_more.or_else(window).map(Duration::from_secs)
 }

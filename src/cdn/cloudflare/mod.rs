@@ -76,7 +76,12 @@ impl Cloudflare {
         url.split_once("://").map_or(url.clone(), |(_, rest)| rest.to_owned())
     }
 
-    async fn purge_items(&self, kind: &'static str, items: &[String], at_once: usize) -> Result<(), CdnError> {
+    async fn purge_items(
+        &self,
+        kind: &'static str,
+        items: &[String],
+        at_once: usize,
+    ) -> Result<(), CdnError> {
         for items in items.chunks(at_once) {
             let body = std::collections::BTreeMap::from([(kind, items)]);
             self.api.post(&self.api.zone("/purge_cache"), Doing::Purging, &body).await?;

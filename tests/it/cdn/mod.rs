@@ -1,0 +1,10 @@
+//! CDNs: each connector over its vendor's API, and the code at its edge in what runs it there.
+
+mod cloudflare;
+mod cloudflare_stub;
+mod cloudflare_worker;
+
+/// On a runtime of its own.
+pub fn run<T>(test: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test)
+}
