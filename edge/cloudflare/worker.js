@@ -13,11 +13,12 @@
 //   EDGE_ENCRYPTION_KEY  secret, 64 hex digits       } printed by `keyshield cdn secrets`
 //   EDGE_MAC_KEY         secret, 64 hex digits       }
 //   EDGE_TOKEN_KEY       secret, 64 hex digits; without it no token is asked for
-//   KEY_PATH             what stands before key IDs; default /api/hls/keys/
+//   KEY_PATH             what stands before key IDs, besides /api/hls/keys/, at which the shield answers always
 //   KEY_MAX_AGE          for how many seconds a player may keep a key; default 300
 //   CORS_ORIGINS         origins that may read answers, separated by commas; default *
 //   KV_CACHE_SECS        for how long KV's caches may keep a pair; default 30, the least that KV takes
 
+const KEY_PATH = "/api/hls/keys/";
 const ALLOWED_METHODS = "GET, HEAD, OPTIONS";
 const EXPOSED = "Accept-Ranges, Age, Content-Length, Content-Range, ETag";
 // Of a stream ID and of hexadecimal texts. What matches none of these is not compared with anything.
@@ -31,16 +32,20 @@ const SECRET = /^[0-9a-f]{64}$/;
 
 export default {
   async fetch(request, env) {
-    const asked = keyAskedFor(new URL(request.url), env.KEY_PATH || "/api/hls/keys/");
+    const asked = keyAskedFor(new URL(request.url), [KEY_PATH, env.KEY_PATH || KEY_PATH]);
     if (!asked) return fetch(request);
     const answer = await answered(request, env, asked);
     return answer ?? fetch(request);
   },
 };
 
-/** Which key a URL asks for, and whether for its check value. Null for what is not this worker's. */
-function keyAskedFor(url, keyPath) {
-  if (!url.pathname.startsWith(keyPath)) return null;
+/**
+ * Which key a URL asks for, and whether for its check value. Null for what is not this worker's: that goes to the shield,
+ * which takes no other spelling of a key's path for one, so that nobody comes by without a token.
+ */
+function keyAskedFor(url, keyPaths) {
+  const keyPath = keyPaths.find((path) => url.pathname.startsWith(path));
+  if (!keyPath) return null;
   const [id, what, ...more] = url.pathname.slice(keyPath.length).split("/");
   const isCheck = what === "check" && more.length === 0;
   if (!KEY_ID.test(id) || (what !== undefined && !isCheck)) return null;

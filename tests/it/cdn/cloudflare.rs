@@ -204,7 +204,7 @@ fn whoever_calls_too_often_is_told_for_how_long_to_wait() {
     let waits = |error: CdnError, most: u64| {
         assert_eq!(error.fault, CdnFault::RateLimited, "{error}");
         let wait = error.retry_after.expect("a time to wait for");
-        assert!(wait <= Duration::from_secs(most) && wait > Duration::from_secs(most - 5), "{wait:?}");
+        assert!(wait <= Duration::from_secs(most) && wait > Duration::from_secs(most / 2), "{wait:?}");
     };
     for says_retry_after in [true, false] {
         stub.account().says_retry_after = says_retry_after;
@@ -218,11 +218,9 @@ fn whoever_calls_too_often_is_told_for_how_long_to_wait() {
         });
     }
     stub.account().allow_calls(10);
-    run(async {
-        cloudflare.put_keys(&keys(1)).await.unwrap();
-        let error = cloudflare.put_keys(&keys(1)).await.unwrap_err();
-        assert_eq!(error.fault, CdnFault::RateLimited, "the same key twice in a second: {error}");
-    });
+    let twice = [keys(1), keys(1)].concat();
+    let error = run(cloudflare.put_keys(&twice)).unwrap_err();
+    assert_eq!(error.fault, CdnFault::RateLimited, "the same key twice in a second: {error}");
 }
 
 #[test]

@@ -288,7 +288,7 @@ fn a_viewer_needs_a_token_for_this_stream_that_has_not_run_out() {
 #[test]
 fn methods_paths_and_origins_are_treated_as_the_shield_treats_them() {
     let origin = Origin::start(|_| origin::Answer::ok("of the origin"));
-    let allowed = json!({"CORS_ORIGINS": "https://a, https://b", "KEY_MAX_AGE": "20"});
+    let allowed = json!({"CORS_ORIGINS": "https://a, https://b", "KEY_MAX_AGE": "20", "KEY_PATH": "/k/"});
     let worker = Worker::start(&origin.url(), allowed);
     let key = content(KeyMethod::Aes128, 1);
     worker.store(&sealed(1, &key));
@@ -303,6 +303,9 @@ fn methods_paths_and_origins_are_treated_as_the_shield_treats_them() {
     assert_eq!((stranger.status, stranger.header("vary")), (200, Some("origin")));
     assert_eq!(stranger.header("access-control-allow-origin"), None);
     assert_eq!(stranger.header("access-control-expose-headers"), None);
+
+    let elsewhere = get(&format!("{}/k/{}", worker.url, id(1)));
+    assert_eq!((elsewhere.status, &elsewhere.body[..]), (200, key.expose()));
 
     let preflight = ask("OPTIONS", &url, &[("origin", "https://a")]);
     assert_eq!((preflight.status, preflight.header("access-control-allow-origin")), (204, Some("https://a")));
