@@ -1,6 +1,6 @@
 //! A stub of those calls of Cloudflare's API that the connector makes, within the limits that Cloudflare documents.
 //!
-//! Pairs lie in memory, or in the KV of a workerd (`cloudflare_worker.rs`). It is judged by Cloudflare's own Python
+//! Pairs lie in memory, or in the KV of a workerd (`cloudflare_workerd.rs`). It is judged by Cloudflare's own Python
 //! client (`tests/tools/cloudflare_client.py`). The numbers of its errors are Cloudflare's where they are known to be;
 //! 1 stands for those that are not. Quotas fill up again with real time, so tests give them few calls.
 
@@ -18,7 +18,7 @@ use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
-use super::cloudflare_worker::Namespace;
+use super::cloudflare_workerd::Namespace;
 
 pub const ACCOUNT: &str = "a0000000000000000000000000000001";
 pub const NAMESPACE: &str = "b0000000000000000000000000000002";
@@ -284,7 +284,7 @@ impl Account {
     fn headers(&self, answered: &Answered) -> Vec<(&'static str, String)> {
         let now = Instant::now();
         let quotas = [&self.all_calls, &self.all_purges];
-        let of = |made: &dyn Fn(&Quota) -> String| quotas.map(|quota| made(quota)).join(", ");
+        let of = |made: &dyn Fn(&Quota) -> String| quotas.map(made).join(", ");
         let left = of(&|q| format!("{:?};r={};t={}", q.name, q.calls - q.made.len(), q.secs_until_more(now)));
         let policy = of(&|q| format!("{:?};q={};w={}", q.name, q.calls, q.window.as_secs()));
         let mut headers = vec![("ratelimit", left), ("ratelimit-policy", policy)];

@@ -10,107 +10,14 @@ use keyshield::keys::{
     CONTENT_SECRET_LEN, CheckValue, ContentKey, ContentSecrets, EDGE_NONCE_LEN, EdgeCipher, EdgeSecret,
     KeyId, KeyMethod, SealedKey, TokenScope, seal_for_edge, viewer_token,
 };
-use serde_json::{Value, json};
-use tempfile::TempDir;
+use serde_json::json;
 
 use super::cloudflare::connector;
 use super::cloudflare_stub::{Pairs, Stub};
+use super::cloudflare_workerd::{KEY_PATH, SECRET, Worker, secret};
 use super::run;
-use crate::daemon::Daemon;
-use crate::harness::{Answer, Running, agent, ask, fetch_segments, free_port, get, repository, try_ask};
+use crate::harness::{Answer, Running, ask, fetch_segments, get, repository};
 use crate::origin::{self, Origin};
-
-const SECRET: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
-const KEY_PATH: &str = "/api/hls/keys/";
-
-/// The KV of a worker.
-pub struct Namespace {
-    url: String,
-}
-
-impl Namespace {
-    pub fn put(&self, pairs: &[(String, String)]) {
-        self.change("PUT", json!(pairs));
-    }
-
-    pub fn delete(&self, names: &[String]) {
-        self.change("DELETE", json!(names));
-    }
-
-    pub fn get(&self, name: &str) -> Option<String> {
-        let answer = get(&format!("{}/{}", self.url, name.replace(':', "%3A")));
-        (answer.status == 200).then(|| answer.text())
-    }
-
-    /// What the worker logged.
-    fn logged(&self) -> String {
-        get(&format!("{}/", self.url)).text()
-    }
-
-    fn change(&self, method: &str, what: Value) {
-        let request = ureq::http::Request::builder().method(method).uri(&self.url);
-        let answer = agent().run(request.body(what.to_string()).unwrap()).unwrap();
-        assert_eq!(answer.status(), 200, "{method} {what}");
-    }
-}
-
-/// A workerd that runs the worker.
-struct Worker {
-    url: String,
-    admin_url: String,
-    // Before the folder: fields are dropped in order.
-    _workerd: Daemon,
-    _dir: TempDir,
-}
-
-impl Worker {
-    /// Before an origin, with bindings besides those that every test has.
-    fn start(origin: &str, more: Value) -> Self {
-        let dir = tempfile::Builder::new().prefix("workerd").tempdir().unwrap();
-        let (port, admin_port) = (free_port(), free_port());
-        let mut bindings = json!({
-            "EDGE_ENCRYPTION_KEY": *secret().encryption_key(),
-            "EDGE_MAC_KEY": *secret().mac_key(),
-            // This workerd is of a time when 60 was the least.
-            "KV_CACHE_SECS": "60",
-        });
-        bindings.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-        let settings = json!({
-            "script": repository("edge/cloudflare/worker.js"), "port": port, "adminPort": admin_port,
-            "origin": origin, "bindings": bindings,
-        });
-        let script = repository("tests/edge/worker.mjs").display().to_string();
-        let command = ["node", &script, &settings.to_string()];
-        let workerd = Daemon::start(&command, "TERM", dir.path().join("workerd.log"));
-        let url = |port| format!("http://127.0.0.1:{port}");
-        let (url, admin_url) = (url(port), url(admin_port));
-        workerd.wait_until(|| {
-            let answers = |url: &str| try_ask("GET", url, &[]).is_ok_and(|answer| answer.status < 500);
-            answers(&format!("{url}{KEY_PATH}{}/check", id(0))) && answers(&format!("{admin_url}/"))
-        });
-        Self { url, admin_url, _workerd: workerd, _dir: dir }
-    }
-
-    fn namespace(&self) -> Namespace {
-        Namespace { url: self.admin_url.clone() }
-    }
-
-    fn store(&self, sealed: &SealedKey) {
-        self.namespace().put(&[(format!("key:{}", sealed.key), sealed.text.clone())]);
-    }
-
-    fn key(&self, key: KeyId, query: &str) -> Answer {
-        get(&format!("{}{KEY_PATH}{key}{query}", self.url))
-    }
-
-    fn check(&self, key: KeyId) -> Answer {
-        get(&format!("{}{KEY_PATH}{key}/check", self.url))
-    }
-}
-
-fn secret() -> EdgeSecret {
-    SECRET.parse().unwrap()
-}
 
 fn id(n: u8) -> KeyId {
     KeyId::from_bytes([n; KeyId::LEN])
@@ -388,4 +295,21 @@ fn a_worker_that_is_not_on_the_route_is_found_out() {
     let error = run(cloudflare.verify(id(1))).unwrap_err();
     assert!(error.to_string().contains("is it deployed on this route"), "{error}");
     assert!(cloudflare.limits().settles_within >= Duration::from_secs(60));
+}
+
+#[test]
+fn the_shipped_settings_bind_what_the_worker_reads() {
+    let read = |name: &str| std::fs::read_to_string(repository("edge/cloudflare").join(name)).unwrap();
+    let settings: toml::Value = toml::from_str(&read("wrangler.toml")).unwrap();
+    let worker = read(settings["main"].as_str().unwrap());
+    assert_eq!(settings["kv_namespaces"][0]["binding"].as_str(), Some("KEYS"));
+    assert!(settings["routes"][0]["pattern"].as_str().unwrap().ends_with(&format!("{KEY_PATH}*")));
+    // Keys are not to be had at the addresses that Cloudflare gives workers by itself.
+    for address in ["workers_dev", "preview_urls"] {
+        assert_eq!(settings[address].as_bool(), Some(false), "{address}");
+    }
+    let variables = settings["vars"].as_table().unwrap().keys();
+    for name in variables.map(String::as_str).chain(["KEYS"]) {
+        assert!(worker.contains(&format!("env.{name}")), "{name}");
+    }
 }

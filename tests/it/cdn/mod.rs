@@ -3,6 +3,7 @@
 mod cloudflare;
 mod cloudflare_stub;
 mod cloudflare_worker;
+mod cloudflare_workerd;
 
 /// On a runtime of its own.
 pub fn run<T>(test: impl Future<Output = T>) -> T {
