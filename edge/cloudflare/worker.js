@@ -99,7 +99,6 @@ async function check(request, env, { id }) {
     "Content-Type": "text/plain",
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
-    "Keyshield-Key": id,
   });
 }
 

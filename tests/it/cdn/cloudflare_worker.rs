@@ -16,6 +16,7 @@ use super::cloudflare::connector;
 use super::cloudflare_stub::{Pairs, Stub};
 use super::cloudflare_workerd::{KEY_PATH, SECRET, Worker, secret};
 use super::run;
+use crate::control_api::{call, tokens};
 use crate::harness::{Answer, Running, ask, fetch_segments, get, repository};
 use crate::origin::{self, Origin};
 
@@ -77,6 +78,9 @@ fn what_the_connector_stores_the_worker_gives_out_and_what_it_deletes_the_shield
             assert!(is_verified(&seen, CheckValue::of(id(*n), key)), "{seen:?}");
             let answer = worker.key(id(*n), "");
             assert_eq!((answer.status, &answer.body[..]), (200, key.expose()));
+            let check = worker.check(id(*n));
+            assert_eq!(check.header("content-type"), Some("text/plain"));
+            assert_eq!(check.header("cache-control"), Some("no-store"));
         }
         assert_eq!(origin.targets(), Vec::<String>::new(), "the shield was not asked");
 
@@ -241,31 +245,55 @@ fn about(answer: &Answer) -> BTreeMap<&str, &str> {
     headers.filter(|(name, _)| !own.contains(name)).collect()
 }
 
-#[test]
-fn an_answer_of_the_edge_is_the_shields_but_for_who_it_is_by() {
+/// A shield with a stream, and the URL of the key that its first segment is under.
+fn shield_and_key() -> (Origin, Running, KeyId) {
     let origin = crate::kms::origin();
     let shield = Running::serve(&format!(
         "[[origins]]\nname = \"main\"\nurls = [\"{0}\"]\n\
-         [[streams]]\nid = \"live\"\nplaylist_url = \"{0}/live/index.m3u8\"\n",
-        origin.url()
+         [[streams]]\nid = \"live\"\nplaylist_url = \"{0}/live/index.m3u8\"\n{1}",
+        origin.url(),
+        tokens()
     ));
     let key_url = fetch_segments(&shield.at("/live/index.m3u8")).remove(0).key_url;
-    let key: KeyId = key_url.rsplit('/').next().unwrap().parse().unwrap();
+    let key = key_url.rsplit('/').next().unwrap().parse().unwrap();
+    (origin, shield, key)
+}
+
+/// A key as the shield's engine would seal it, of what the shield gives out.
+fn sealed_of(shield: &Running, key: KeyId) -> SealedKey {
+    let mut random = [0; CONTENT_SECRET_LEN];
+    random[..16].copy_from_slice(&shield.get(&format!("{KEY_PATH}{key}")).body);
+    let content = ContentSecrets::from_random(KeyMethod::Aes128, &random).content;
+    let stream = "live".parse().unwrap();
+    seal_for_edge(&secret(), EdgeCipher::Ctr, (&stream, key), &content, &[9; EDGE_NONCE_LEN])
+}
+
+#[test]
+fn a_revoked_key_that_was_taken_out_of_the_store_is_the_shields_410() {
+    let (_origin, shield, key) = shield_and_key();
+    let worker = Worker::start(&shield.url, json!({}));
+    let (_stub, cloudflare) = pushing(&worker);
+    run(cloudflare.put_keys(&[sealed_of(&shield, key)])).unwrap();
+    assert_eq!(worker.key(key, "").status, 200);
+
+    call(&shield, "POST", "/live/emergency-revoke", json!({"reason": "found on a forum"})).ok();
+    assert_eq!(worker.key(key, "").header("keyshield-served-by"), Some("edge"), "KV knows nothing of it yet");
+    run(cloudflare.delete_keys(&[key])).unwrap();
+    assert_eq!(run(cloudflare.verify(key)), Ok(KeySeen::Missing));
+    let refused = worker.key(key, "");
+    assert_eq!((refused.status, refused.header("cache-control")), (410, Some("max-age=1")));
+    assert!(refused.problem().contains("revoked"));
+}
+
+#[test]
+fn an_answer_of_the_edge_is_the_shields_but_for_who_it_is_by() {
+    let (_origin, shield, key) = shield_and_key();
     let worker = Worker::start(&shield.url, json!({}));
     let url = format!("{}{KEY_PATH}{key}", worker.url);
 
     let by_shield = get(&url);
     assert_ne!(by_shield.header("keyshield-served-by"), Some("edge"));
-    let mut random = [0; CONTENT_SECRET_LEN];
-    random[..16].copy_from_slice(&by_shield.body);
-    let content = ContentSecrets::from_random(KeyMethod::Aes128, &random).content;
-    worker.store(&seal_for_edge(
-        &secret(),
-        EdgeCipher::Ctr,
-        (&"live".parse().unwrap(), key),
-        &content,
-        &[9; EDGE_NONCE_LEN],
-    ));
+    worker.store(&sealed_of(&shield, key));
     let by_edge = get(&url);
     assert_eq!(by_edge.header("keyshield-served-by"), Some("edge"));
     assert_eq!((by_edge.status, &by_edge.body), (by_shield.status, &by_shield.body));
