@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use keyshield::cdn::{
-    Cdn, CdnFault, CustomCdn, CustomSettings, DeliveryMode, Edge, EdgeSettings, KeySeen, Purge, is_verified,
+    Cdn, CdnFault, CustomCdn, CustomSettings, DeliveryMode, Edge, EdgeSettings, KeySeen, Purge,
 };
 use keyshield::keys::{
     CONTENT_SECRET_LEN, CheckValue, ContentKey, ContentSecrets, EDGE_NONCE_LEN, EdgeCipher, EdgeSecret,
@@ -338,7 +338,7 @@ fn in_push_mode_keys_come_from_the_edge_and_are_gone_when_they_are_deleted() {
             assert_eq!(cdn.verify(A).await, Ok(KeySeen::Missing));
             cdn.put_keys(&[key]).await.unwrap();
             let seen = cdn.verify(A).await.unwrap();
-            assert!(is_verified(&seen, CheckValue::of(A, &content)), "{seen:?}");
+            assert_eq!(seen, KeySeen::Has(CheckValue::of(A, &content)));
         });
         let url = format!("{}/api/hls/keys/{A}", site.edge_url);
         let answer = get(&url);

@@ -1,6 +1,16 @@
-//! CDNs: each connector against what stands for its vendor, and the shield behind real caches.
+//! CDNs: each connector over its vendor's API, the code at its edge in what runs it there, and the shield behind real
+//! caches.
 
 pub(crate) mod caches;
+mod cloudflare;
+mod cloudflare_stub;
+mod cloudflare_worker;
+mod cloudflare_workerd;
 mod custom;
 mod documented;
 mod whole;
+
+/// On a runtime of its own.
+pub fn run<T>(test: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test)
+}
