@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use keyshield::cdn::{Cdn, Cloudflare, DeliveryMode, KeySeen, is_verified};
+use keyshield::cdn::{Cdn, Cloudflare, DeliveryMode, KeySeen};
 use keyshield::clock::Clock;
 use keyshield::keys::{
     CONTENT_SECRET_LEN, CheckValue, ContentKey, ContentSecrets, EDGE_NONCE_LEN, EdgeCipher, EdgeSecret,
@@ -75,7 +75,7 @@ fn what_the_connector_stores_the_worker_gives_out_and_what_it_deletes_the_shield
         cloudflare.put_keys(&sealed).await.unwrap();
         for (n, key) in &keys {
             let seen = cloudflare.verify(id(*n)).await.unwrap();
-            assert!(is_verified(&seen, CheckValue::of(id(*n), key)), "{seen:?}");
+            assert!(seen == KeySeen::Has(CheckValue::of(id(*n), key)), "{seen:?}");
             let answer = worker.key(id(*n), "");
             assert_eq!((answer.status, &answer.body[..]), (200, key.expose()));
             let check = worker.check(id(*n));
@@ -105,7 +105,7 @@ fn a_single_key_is_stored_and_verified_under_both_ciphers() {
         run(async {
             cloudflare.put_keys(&[sealed]).await.unwrap();
             let seen = cloudflare.verify(id(n)).await.unwrap();
-            assert!(is_verified(&seen, CheckValue::of(id(n), &key)), "{seen:?}");
+            assert!(seen == KeySeen::Has(CheckValue::of(id(n), &key)), "{seen:?}");
         });
         assert_eq!(worker.key(id(n), "").body, key.expose());
     }
