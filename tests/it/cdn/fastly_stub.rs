@@ -270,6 +270,10 @@ impl Account {
                 changed(items, "create", text("item_key"), text("item_value"))?;
                 Ok(json(text("item_key"), text("item_value")))
             }
+            ("GET", ["item", key]) => match items.get(*key) {
+                Some(value) => Ok(json(key, value)),
+                None => no(404, "Record not found", "Cannot find dictionary item"),
+            },
             ("DELETE", ["item", key]) => match items.remove(*key) {
                 Some(_) => Ok(json!({"status": "ok"})),
                 None => no(404, "Record not found", "Cannot find dictionary item"),
