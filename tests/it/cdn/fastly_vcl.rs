@@ -313,6 +313,17 @@ fn a_key_that_needs_a_token_is_given_out_for_a_good_one_alone() {
         assert_eq!(get(&pop, &format!("{}/check", uri(key_id(1)))).status, 200);
         assert_eq!(get(&pop, "/live/ch1/720p.m3u8").header("x-from"), "shield");
 
+        let elsewhere = FastlyEdgeCode { key_path: "/k/".into(), needs_token: true, ..code() };
+        with_keys(&stub, &pop, &elsewhere).await;
+        for path in [KEY_PATH, "/k/"] {
+            let at = |token: &str| get(&pop, &format!("{path}{}?token={token}", key_id(1))).status;
+            assert_eq!(
+                (at("x"), at(&good)),
+                (403, 200),
+                "the shield answers at both paths, so both need a token"
+            );
+        }
+
         let behind = Pop::behind(&stub, Some(&shield.url), 1);
         assert_eq!(get(&behind, &uri(key_id(1))).status, 200, "the POP next to the viewer has checked");
 

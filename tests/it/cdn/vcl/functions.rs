@@ -39,7 +39,8 @@ pub fn check(name: &str, arguments: usize) -> Result<(), String> {
 pub fn call(name: &str, arguments: &[Value]) -> Result<Value, String> {
     let text = |at: usize| arguments[at].text().map(str::to_owned);
     Ok(match name {
-        "std.prefixof" => Value::Bool(text(0)?.starts_with(&text(1)?)),
+        // An empty string is no prefix.
+        "std.prefixof" => Value::Bool(!text(1)?.is_empty() && text(0)?.starts_with(&text(1)?)),
         "std.strlen" => Value::Number(text(0)?.len() as i64),
         "std.atoi" => Value::Number(text(0)?.parse().map_err(|_| "std.atoi of what is no number")?),
         "std.tolower" => Value::Text(text(0)?.to_lowercase()),
@@ -51,7 +52,9 @@ pub fn call(name: &str, arguments: &[Value]) -> Result<Value, String> {
         "subfield" => {
             let (all, name, separator) = (text(0)?, text(1)?, text(2)?);
             let mut fields = all.split(&*separator).filter_map(|field| field.split_once('='));
-            fields.find(|(key, _)| *key == name).map_or(Value::NotSet, |(_, value)| Value::Text(value.into()))
+            fields
+                .find(|(key, _)| key.eq_ignore_ascii_case(&name))
+                .map_or(Value::NotSet, |(_, value)| Value::Text(value.into()))
         }
         "urldecode" => {
             let text = text(0)?.replace('+', " ");
