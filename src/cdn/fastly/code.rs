@@ -33,29 +33,33 @@ pub struct FastlyEdgeCode {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Snippet {
     pub name: &'static str,
-    /// `init`, `recv` or `error`.
+    /// `init`, `recv`, `error` or `fetch`.
     pub place: &'static str,
     /// Lower ones run first.
     pub priority: &'static str,
     pub content: String,
 }
 
+/// What keeps `no-store` out of Fastly's caches: wanted in either mode.
+pub(super) fn caching_rule() -> Snippet {
+    snippet("keyshield_fetch", "fetch", "50", include_str!("../../../edge/fastly/fetch.vcl"))
+}
+
+fn snippet(name: &'static str, place: &'static str, priority: &'static str, content: &str) -> Snippet {
+    Snippet { name, place, priority, content: content.trim_end().to_owned() }
+}
+
 impl FastlyEdgeCode {
     /// # Errors
     /// A setting that cannot stand in a string of VCL.
     pub(super) fn snippets(&self) -> Result<Vec<Snippet>, CdnError> {
-        let snippet = |name, place, priority, content: &str| Snippet {
-            name,
-            place,
-            priority,
-            content: content.trim_end().to_owned(),
-        };
         Ok(vec![
             snippet("keyshield_settings", "init", "90", &self.settings()?),
             snippet("keyshield_code", "init", "100", include_str!("../../../edge/fastly/keyshield.vcl")),
             // Before what the service itself does with a request: its rewrites and its own answers.
             snippet("keyshield_recv", "recv", "50", include_str!("../../../edge/fastly/recv.vcl")),
             snippet("keyshield_error", "error", "50", include_str!("../../../edge/fastly/error.vcl")),
+            caching_rule(),
         ])
     }
 

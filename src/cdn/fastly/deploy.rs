@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::api::Api;
-use super::code::{FastlyEdgeCode, KEYS, SECRETS, Snippet};
+use super::code::{FastlyEdgeCode, KEYS, SECRETS, Snippet, caching_rule};
 use super::dictionary::unreadable;
 use crate::cdn::{CdnError, CdnFault};
 
@@ -25,8 +25,8 @@ pub struct FastlyDeployed {
     pub version: u64,
     /// Whether it was made now; otherwise all was there, and only the secrets were written again.
     pub is_new: bool,
-    /// The dictionary that keys belong into: the setting `dictionary_id`.
-    pub dictionary_id: String,
+    /// The dictionary that keys belong into: the setting `dictionary_id`. None in pull mode.
+    pub dictionary_id: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -66,6 +66,24 @@ struct Validated {
     errors: Vec<String>,
 }
 
+/// IDs of the two dictionaries.
+#[derive(Debug, Default)]
+struct Stores {
+    keys: Option<String>,
+    secrets: Option<String>,
+}
+
+impl Stores {
+    fn found(dictionaries: &[Dictionary]) -> Self {
+        let find = |name: &str| dictionaries.iter().find(|one| one.name == name).map(|one| one.id.clone());
+        Self { keys: find(KEYS), secrets: find(SECRETS) }
+    }
+
+    fn are_all(&self) -> bool {
+        self.keys.is_some() && self.secrets.is_some()
+    }
+}
+
 impl Present {
     fn is_dynamic(&self) -> bool {
         plain(&self.dynamic) == "1"
@@ -83,29 +101,40 @@ fn plain(value: &serde_json::Value) -> String {
 
 impl Api {
     /// See [`super::Fastly::deploy`].
-    pub(super) async fn deploy(&self, code: &FastlyEdgeCode) -> Result<FastlyDeployed, CdnError> {
-        let snippets = code.snippets()?;
+    pub(super) async fn deploy(&self, code: Option<&FastlyEdgeCode>) -> Result<FastlyDeployed, CdnError> {
+        let snippets = code.map_or_else(|| Ok(vec![caching_rule()]), FastlyEdgeCode::snippets)?;
         let active = self.active_version().await?;
         let present: Vec<Present> = self.list(&format!("version/{active}/snippet")).await?;
-        let dictionaries: Vec<Dictionary> = self.list(&format!("version/{active}/dictionary")).await?;
+        let dictionaries = match code {
+            Some(_) => self.list(&format!("version/{active}/dictionary")).await?,
+            None => Vec::new(),
+        };
         self.check(&present, &dictionaries)?;
 
-        let find = |name: &str| dictionaries.iter().find(|dictionary| dictionary.name == name);
-        if let (Some(keys), Some(secrets), true) = (find(KEYS), find(SECRETS), is_all(&present, &snippets)) {
-            self.write_secrets(&secrets.id, &code.secrets()).await?;
-            return Ok(FastlyDeployed { version: active, is_new: false, dictionary_id: keys.id.clone() });
+        let mut stores = Stores::found(&dictionaries);
+        if is_all(&present, &snippets) && (code.is_none() || stores.are_all()) {
+            self.give(code, &stores).await?;
+            return Ok(FastlyDeployed { version: active, is_new: false, dictionary_id: stores.keys });
         }
-
         let version = self.clone_version(active).await?;
-        let keys = self.dictionary(version, KEYS, false, find(KEYS)).await?;
-        let secrets = self.dictionary(version, SECRETS, true, find(SECRETS)).await?;
+        if code.is_some() {
+            stores.keys = Some(self.dictionary(version, KEYS, false, stores.keys).await?);
+            stores.secrets = Some(self.dictionary(version, SECRETS, true, stores.secrets).await?);
+        }
         self.set_snippets(version, &present, &snippets).await?;
         self.validate(version, active).await?;
         // Items are of no version: not before the code is known to be right.
-        self.write_secrets(&secrets, &code.secrets()).await?;
+        self.give(code, &stores).await?;
         let activate = self.of_service(Method::PUT, &format!("version/{version}/activate"));
         self.call(&format!("activating version {version}"), activate).await?;
-        Ok(FastlyDeployed { version, is_new: true, dictionary_id: keys })
+        Ok(FastlyDeployed { version, is_new: true, dictionary_id: stores.keys })
+    }
+
+    async fn give(&self, code: Option<&FastlyEdgeCode>, stores: &Stores) -> Result<(), CdnError> {
+        match (code, &stores.secrets) {
+            (Some(code), Some(id)) => self.write_secrets(id, &code.secrets()).await,
+            _ => Ok(()),
+        }
     }
 
     /// What stands in the way, said before anything is changed.
@@ -161,10 +190,10 @@ impl Api {
         version: u64,
         name: &str,
         is_private: bool,
-        found: Option<&Dictionary>,
+        found: Option<String>,
     ) -> Result<String, CdnError> {
-        if let Some(found) = found {
-            return Ok(found.id.clone());
+        if let Some(id) = found {
+            return Ok(id);
         }
         let doing = format!("making the dictionary {name} on version {version}");
         let private = if is_private { "true" } else { "false" };

@@ -29,6 +29,8 @@ use api::Api;
 const SURROGATE_KEY: HeaderName = HeaderName::from_static("surrogate-key");
 /// The most surrogate keys of one purge, by Fastly's documentation.
 const TAGS_PER_PURGE: usize = 256;
+/// Fastly's own advice for surrogate keys and URLs.
+const BETWEEN_PURGES: Duration = Duration::from_secs(2);
 const HOUR: Duration = Duration::from_secs(3_600);
 
 /// What of Fastly belongs to the shield.
@@ -50,6 +52,7 @@ pub struct Fastly {
     api: Api,
     mode: DeliveryMode,
     edge: Edge,
+    between_purges: Duration,
 }
 
 /// What Fastly says about the token itself.
@@ -66,15 +69,23 @@ impl Fastly {
     /// # Errors
     /// A setting that cannot be used.
     pub fn new(settings: FastlySettings, mode: DeliveryMode, edge: Edge) -> Result<Self, CdnError> {
-        Ok(Self { api: Api::new(settings)?, mode, edge })
+        Ok(Self { api: Api::new(settings)?, mode, edge, between_purges: BETWEEN_PURGES })
     }
 
-    /// Brings the code of the edge into the service, with what it is given. When all of it is there already, no version
-    /// is made; the secrets are written each time, because nobody can read them to compare.
+    /// With another pause between the two times that everything is purged.
+    #[must_use]
+    pub fn with_pause_between_purges(mut self, pause: Duration) -> Self {
+        self.between_purges = pause;
+        self
+    }
+
+    /// Brings the code of the edge into the service, with what it is given; `None`, for pull mode: the rule alone that
+    /// keeps `no-store` out of caches. When all of it is there already, no version is made; the secrets are written
+    /// each time, because nobody can read them to compare.
     ///
     /// # Errors
     /// What Fastly does not take. The active version is then what it was.
-    pub async fn deploy(&self, code: &FastlyEdgeCode) -> Result<FastlyDeployed, CdnError> {
+    pub async fn deploy(&self, code: Option<&FastlyEdgeCode>) -> Result<FastlyDeployed, CdnError> {
         self.api.deploy(code).await
     }
 
@@ -92,6 +103,17 @@ impl Fastly {
             return Err(CdnError::new(CdnFault::Invalid, what));
         }
         Ok(true)
+    }
+
+    /// By tags where there are any: paths and prefixes are for CDNs that know none.
+    async fn purge_once(&self, purge: &Purge) -> Result<(), CdnError> {
+        if !purge.tags.is_empty() {
+            return self.purge_tags(&purge.tags).await;
+        }
+        for path in &purge.paths {
+            self.purge_path(path).await?;
+        }
+        Ok(())
     }
 
     async fn purge_tags(&self, tags: &[String]) -> Result<(), CdnError> {
@@ -148,19 +170,17 @@ impl Cdn for Fastly {
         self.edge.has_cached(path, key).await
     }
 
-    /// By tags where there are any: paths and prefixes are for CDNs that know none.
+    /// Twice: POPs are purged in no order, and with shielding one that was purged can get the old answer back from one
+    /// that was not yet.
     async fn purge(&self, purge: &Purge) -> Result<(), CdnError> {
-        if !purge.tags.is_empty() {
-            return self.purge_tags(&purge.tags).await;
-        }
-        for path in &purge.paths {
-            self.purge_path(path).await?;
-        }
-        if purge.paths.is_empty() && !purge.prefixes.is_empty() {
+        if purge.tags.is_empty() && purge.paths.is_empty() {
             let what = "Fastly purges by surrogate key and by URL, not by prefix: give the tags";
-            return Err(CdnError::new(CdnFault::Invalid, what));
+            let nothing = purge.prefixes.is_empty();
+            return if nothing { Ok(()) } else { Err(CdnError::new(CdnFault::Invalid, what)) };
         }
-        Ok(())
+        self.purge_once(purge).await?;
+        tokio::time::sleep(self.between_purges).await;
+        self.purge_once(purge).await
     }
 
     async fn health(&self) -> Result<(), CdnError> {

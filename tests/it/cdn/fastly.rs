@@ -70,7 +70,7 @@ pub fn edge(url: &str) -> Edge {
 }
 
 fn at(settings: FastlySettings, mode: DeliveryMode, url: &str) -> Result<Fastly, CdnError> {
-    Fastly::new(settings, mode, edge(url))
+    Ok(Fastly::new(settings, mode, edge(url))?.with_pause_between_purges(Duration::ZERO))
 }
 
 pub fn run<T>(test: impl Future<Output = T>) -> T {
@@ -80,14 +80,14 @@ pub fn run<T>(test: impl Future<Output = T>) -> T {
 /// The code deployed, and the connector with the dictionary that the deployment names.
 pub async fn deployed(stub: &Stub, pop: &Pop, code: &FastlyEdgeCode) -> Fastly {
     let connector = |id: &str| at(settings(stub, id), DeliveryMode::Push, &pop.server.url).unwrap();
-    let deployed = connector("").deploy(code).await.unwrap();
-    connector(&deployed.dictionary_id)
+    let deployed = connector("").deploy(Some(code)).await.unwrap();
+    connector(&deployed.dictionary_id.unwrap())
 }
 
 /// A connector to a deployed service whose edge nobody asks.
 async fn alone(stub: &Stub) -> Fastly {
     let connector = |id: &str| at(settings(stub, id), DeliveryMode::Push, "https://cdn.example.com").unwrap();
-    let id = connector("").deploy(&code()).await.unwrap().dictionary_id;
+    let id = connector("").deploy(Some(&code())).await.unwrap().dictionary_id.unwrap();
     stub.calls();
     connector(&id)
 }
@@ -184,15 +184,12 @@ fn purges_are_by_tag_or_by_url_and_never_soft() {
         let paths = vec!["/live/ch1/720p.m3u8?r=3".to_owned()];
         let purge = Purge { tags: tags.clone(), paths: paths.clone(), prefixes: Vec::new() };
         fastly.purge(&purge).await.unwrap();
-        assert_eq!(
-            stub.calls(),
-            [format!("POST /service/{SERVICE}/purge")],
-            "paths are for who knows no tags"
-        );
-        assert_eq!(stub.account.lock().purged_tags, tags);
+        let twice = [format!("POST /service/{SERVICE}/purge"), format!("POST /service/{SERVICE}/purge")];
+        assert_eq!(stub.calls(), twice, "paths are for who knows no tags");
+        assert_eq!(stub.account.lock().purged_tags, [tags.clone(), tags].concat());
 
         fastly.purge(&Purge { paths, ..Purge::default() }).await.unwrap();
-        assert_eq!(stub.account.lock().purged_urls, ["cdn.example.com/live/ch1/720p.m3u8?r=3"]);
+        assert_eq!(stub.account.lock().purged_urls, ["cdn.example.com/live/ch1/720p.m3u8?r=3"; 2]);
 
         let too_many = Purge { tags: vec!["a".to_owned(); 257], ..Purge::default() };
         assert_eq!(fastly.purge(&too_many).await.unwrap_err().fault, CdnFault::Invalid);
@@ -207,24 +204,42 @@ fn the_same_code_is_deployed_once_and_changed_code_again() {
     run(async {
         let stub = Stub::start();
         let fastly = at(settings(&stub, ""), DeliveryMode::Push, "https://cdn.example.com").unwrap();
-        let first = fastly.deploy(&code()).await.unwrap();
+        let first = fastly.deploy(Some(&code())).await.unwrap();
         assert!(first.is_new && first.version == 2 && stub.active().number == 2);
-        assert_eq!(stub.active().snippets.len(), 4);
+        assert_eq!(stub.active().snippets.len(), 5);
         assert_eq!(stub.items("keyshield_secrets").len(), 2, "no key for tokens that nobody needs");
         assert!(stub.active().dictionaries.iter().any(|it| it.name == "keyshield_secrets" && it.is_private));
 
-        let again = fastly.deploy(&code()).await.unwrap();
+        let again = fastly.deploy(Some(&code())).await.unwrap();
         assert_eq!((again.is_new, again.version, &again.dictionary_id), (false, 2, &first.dictionary_id));
 
         let tokens = FastlyEdgeCode { needs_token: true, ..code() };
-        let changed = fastly.deploy(&tokens).await.unwrap();
+        let changed = fastly.deploy(Some(&tokens)).await.unwrap();
         assert!(changed.is_new && stub.active().number == 3);
         assert_eq!(changed.dictionary_id, first.dictionary_id, "the keys stay where they are");
         assert_eq!(stub.items("keyshield_secrets").len(), 3);
-        fastly.deploy(&code()).await.unwrap();
+        fastly.deploy(Some(&code())).await.unwrap();
         assert_eq!(stub.items("keyshield_secrets").len(), 2, "what is not needed any more is taken away");
         // Of what is not the shield's, nothing is touched.
         assert!(stub.calls().iter().all(|call| !call.contains("backend") && !call.contains("domain")));
+    });
+}
+
+#[test]
+fn in_pull_mode_only_the_rule_for_caches_is_deployed() {
+    run(async {
+        let stub = Stub::start();
+        let fastly = at(settings(&stub, ""), DeliveryMode::Pull, "https://cdn.example.com").unwrap();
+        let deployed = fastly.deploy(None).await.unwrap();
+        assert_eq!((deployed.is_new, deployed.dictionary_id), (true, None));
+        let names: Vec<_> = stub.active().snippets.into_iter().map(|snippet| snippet.name).collect();
+        assert_eq!((names, stub.active().dictionaries.len()), (vec!["keyshield_fetch".to_owned()], 0));
+        assert!(!fastly.deploy(None).await.unwrap().is_new);
+        // To push mode and back.
+        fastly.deploy(Some(&code())).await.unwrap();
+        assert_eq!(stub.active().snippets.len(), 5);
+        fastly.deploy(None).await.unwrap();
+        assert_eq!(stub.active().snippets.len(), 1);
     });
 }
 
@@ -241,7 +256,7 @@ fn code_that_fastly_finds_wrong_is_not_activated() {
         };
         stub.account.lock().versions[0].snippets.push(someone);
         let fastly = at(settings(&stub, ""), DeliveryMode::Push, "https://cdn.example.com").unwrap();
-        let refused = fastly.deploy(&code()).await.unwrap_err();
+        let refused = fastly.deploy(Some(&code())).await.unwrap_err();
         assert_eq!(refused.fault, CdnFault::Invalid);
         assert!(refused.what.contains("no subroutine nobody"), "{refused}");
         assert!(refused.what.contains("version 1 stays active"), "{refused}");
@@ -257,7 +272,7 @@ fn what_stands_in_the_way_of_a_deployment_is_said_before_anything_is_changed() {
         let fastly = alone(&stub).await;
         let writes = stub.account.lock().writes_left;
         let elsewhere = at(settings(&stub, "other"), DeliveryMode::Push, "https://cdn.example.com").unwrap();
-        let refused = elsewhere.deploy(&code()).await.unwrap_err();
+        let refused = elsewhere.deploy(Some(&code())).await.unwrap_err();
         assert!(refused.what.contains("the configuration names other"), "{refused}");
 
         stub.account
@@ -266,11 +281,11 @@ fn what_stands_in_the_way_of_a_deployment_is_said_before_anything_is_changed() {
             .iter_mut()
             .flat_map(|it| &mut it.dictionaries)
             .for_each(|it| it.is_private = false);
-        let refused = fastly.deploy(&code()).await.unwrap_err();
+        let refused = fastly.deploy(Some(&code())).await.unwrap_err();
         assert!(refused.what.contains("not private"), "{refused}");
 
         stub.account.lock().versions.iter_mut().for_each(|version| version.is_active = false);
-        assert_eq!(fastly.deploy(&code()).await.unwrap_err().fault, CdnFault::NotFound);
+        assert_eq!(fastly.deploy(Some(&code())).await.unwrap_err().fault, CdnFault::NotFound);
         assert_eq!(stub.account.lock().writes_left, writes);
     });
 }

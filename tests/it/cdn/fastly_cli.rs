@@ -67,8 +67,8 @@ fn the_fastly_cli_sees_what_the_connector_does_and_the_other_way_round() {
             let edge = edge("https://cdn.example.com");
             Fastly::new(settings(&stub, id), DeliveryMode::Push, edge).unwrap()
         };
-        let deployed = connector("").deploy(&code()).await.unwrap();
-        let (fastly, id) = (connector(&deployed.dictionary_id), deployed.dictionary_id.as_str());
+        let deployed = connector("").deploy(Some(&code())).await.unwrap().dictionary_id.unwrap();
+        let (fastly, id) = (connector(&deployed), deployed.as_str());
         let keys = [sealed(1, "ch1", KeyMethod::Aes128), sealed(2, "ch1", KeyMethod::Aes256)];
         fastly.put_keys(&keys).await.unwrap();
 
@@ -101,7 +101,8 @@ fn the_fastly_cli_sees_what_the_connector_does_and_the_other_way_round() {
 
         // Versions, snippets, dictionaries.
         let snippets = cli.json("vcl snippet list --version active");
-        let ours = ["keyshield_settings", "keyshield_code", "keyshield_recv", "keyshield_error"];
+        let ours =
+            ["keyshield_settings", "keyshield_code", "keyshield_recv", "keyshield_error", "keyshield_fetch"];
         assert_eq!(names(&snippets, "Name"), ours);
         assert!(names(&snippets, "Content")[1].contains("sub keyshield_recv"));
         let dictionaries = cli.json("dictionary list --version active");
@@ -114,9 +115,9 @@ fn the_fastly_cli_sees_what_the_connector_does_and_the_other_way_round() {
         cli.run("vcl snippet create --version 3", &snippet).unwrap();
         cli.run("version validate --version 3", &[]).unwrap();
         cli.run("version activate --version 3", &[]).unwrap();
-        assert_eq!((stub.active().number, stub.active().snippets.len()), (3, 5));
+        assert_eq!((stub.active().number, stub.active().snippets.len()), (3, 6));
         assert!(
-            !fastly.deploy(&code()).await.unwrap().is_new,
+            !fastly.deploy(Some(&code())).await.unwrap().is_new,
             "somebody else's snippet is no change of ours"
         );
 

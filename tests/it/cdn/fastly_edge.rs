@@ -1,5 +1,6 @@
 //! A POP of Fastly: runs over HTTP the VCL that is active in the stub, with the stub's dictionaries. What goes on is
-//! fetched from an origin, where there is one.
+//! fetched from an origin, where there is one, and kept unless `vcl_fetch` says otherwise, whatever its Cache-Control
+//! says: that is how Fastly's caches do it, but for `max-age`, which is not kept to here.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use axum::response::Response;
 use http::Request;
 use parking_lot::Mutex;
 
-use super::fastly_stub::{Account, Stub};
+use super::fastly_stub::{Account, Kept, Stub};
 use super::served::{Answers, Served};
 use super::vcl::{self, Outcome};
 
@@ -82,26 +83,44 @@ impl Answers for State {
                 // The server of this POP leaves the body out of an answer to HEAD.
                 answer.body(Body::from(synthetic.body)).unwrap()
             }
-            Outcome::GoesOn => self.fetch(&request),
+            Outcome::GoesOn => self.goes_on(&edge, &seen, &request),
         }
     }
 }
 
 impl State {
-    fn fetch(&self, request: &Request<Bytes>) -> Response {
+    /// From the cache, or from the origin.
+    fn goes_on(&self, edge: &vcl::Edge<'_>, seen: &vcl::Request, request: &Request<Bytes>) -> Response {
         let Some(origin) = &self.origin else {
             return Response::builder().status(404).header("x-from", "nobody").body(Body::empty()).unwrap();
         };
-        let url = format!("{origin}{}", request.uri().path_and_query().unwrap());
-        let agent =
-            ureq::Agent::new_with_config(ureq::Agent::config_builder().http_status_as_error(false).build());
-        let mut fetched = agent.get(&url).call().unwrap();
-        let mut answer = Response::builder().status(fetched.status().as_u16());
-        for (name, value) in fetched.headers() {
-            if name != "transfer-encoding" && name != "connection" {
-                answer = answer.header(name, value);
+        let url = request.uri().path_and_query().unwrap().to_string();
+        let kept = self.account.lock().kept.get(&url).cloned();
+        let answer = kept.unwrap_or_else(|| {
+            let fetched = fetch(&format!("{origin}{url}"));
+            if edge.keeps(seen, &fetched.headers).unwrap() {
+                self.account.lock().kept.insert(url, fetched.clone());
             }
+            fetched
+        });
+        let mut response = Response::builder().status(answer.status);
+        for (name, value) in &answer.headers {
+            response = response.header(name, value);
         }
-        answer.body(Body::from(fetched.body_mut().read_to_vec().unwrap())).unwrap()
+        response.body(Body::from(answer.body)).unwrap()
+    }
+}
+
+fn fetch(url: &str) -> Kept {
+    let agent =
+        ureq::Agent::new_with_config(ureq::Agent::config_builder().http_status_as_error(false).build());
+    let mut fetched = agent.get(url).call().unwrap();
+    let of_the_connection = ["transfer-encoding", "connection", "content-length"];
+    let text = |value: &http::HeaderValue| value.to_str().unwrap().to_owned();
+    let headers = fetched.headers().iter().map(|(name, value)| (name.to_string(), text(value)));
+    Kept {
+        status: fetched.status().as_u16(),
+        headers: headers.filter(|(name, _)| !of_the_connection.contains(&name.as_str())).collect(),
+        body: fetched.body_mut().read_to_vec().unwrap(),
     }
 }

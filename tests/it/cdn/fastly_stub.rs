@@ -52,6 +52,14 @@ pub struct Version {
     pub dictionaries: Vec<Dictionary>,
 }
 
+/// An answer in a cache.
+#[derive(Debug, Clone)]
+pub struct Kept {
+    pub status: u16,
+    pub headers: HashMap<String, String>,
+    pub body: Vec<u8>,
+}
+
 /// One account with one service.
 #[derive(Debug)]
 pub struct Account {
@@ -66,6 +74,8 @@ pub struct Account {
     pub services: Vec<String>,
     /// Method and path of each call.
     pub calls: Vec<String>,
+    /// What POPs keep of the origin's answers, by path and query.
+    pub kept: HashMap<String, Kept>,
     /// What POPs answer; by default nobody is asked.
     pub pops: Value,
 }
@@ -104,6 +114,7 @@ impl Stub {
             scope: "global".into(),
             services: Vec::new(),
             calls: Vec::new(),
+            kept: HashMap::new(),
             pops: json!([]),
         }));
         Self { server: Served::start(Api(account.clone())), account }
@@ -215,6 +226,11 @@ impl Account {
             return no(400, "Bad request", format!("{} surrogate keys", tags.len()));
         }
         let ids: BTreeMap<_, _> = tags.iter().map(|tag| (tag.clone(), "108-1391560174-974124")).collect();
+        let is_tagged = |kept: &Kept| {
+            let of = kept.headers.get("surrogate-key").map(String::as_str).unwrap_or_default();
+            of.split_whitespace().any(|tag| tags.iter().any(|purged| purged == tag))
+        };
+        self.kept.retain(|_, kept| !is_tagged(kept));
         self.purged_tags.extend(tags);
         Ok(json!(ids))
     }
@@ -415,7 +431,8 @@ impl Version {
             snippets.iter().filter(|it| it.place == place).map(|it| it.content.clone()).collect()
         };
         let names: Vec<_> = self.dictionaries.iter().map(|it| it.name.clone()).collect();
-        Program::new(&at("init"), &at("recv").join("\n"), &at("error").join("\n"), &names)
+        let hooks = ["recv", "error", "fetch"].map(|place| at(place).join("\n"));
+        Program::new(&at("init"), hooks.each_ref().map(String::as_str), &names)
     }
 }
 

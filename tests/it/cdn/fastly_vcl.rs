@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::process::Command;
 
-use keyshield::cdn::{Cdn, FastlyEdgeCode, KeySeen};
+use keyshield::cdn::{Cdn, FastlyEdgeCode, KeySeen, Purge};
 use keyshield::keys::{KeyId, KeyMethod, Timestamp, TokenScope, viewer_token};
 
 use super::fastly::{KEY_PATH, code, content, deployed, edge, key_id, run, sealed, secret};
@@ -59,8 +59,15 @@ struct Origin;
 
 impl super::served::Answers for &'static Origin {
     fn answer(&self, request: http::Request<axum::body::Bytes>) -> axum::response::Response {
-        let status = if request.uri().path().starts_with(KEY_PATH) { 410 } else { 200 };
-        let answer = axum::response::Response::builder().status(status).header("x-from", "shield");
+        let path = request.uri().path();
+        let status = if path.starts_with(KEY_PATH) { 410 } else { 200 };
+        let kept = if path.contains("fresh") { "no-store" } else { "max-age=60" };
+        let answer = axum::response::Response::builder()
+            .status(status)
+            .header("x-from", "shield")
+            .header("cache-control", kept)
+            .header("surrogate-key", format!("keyshield-stream-ch1 keyshield-key-{}", key_id(1)))
+            .header("keyshield-key", key_id(1).to_string());
         answer.body("from the shield".into()).unwrap()
     }
 }
@@ -91,10 +98,12 @@ fn whole(stub: &Stub) -> String {
     };
     format!(
         "{text}{}\nsub vcl_recv {{\n{}\n#FASTLY recv\nset req.backend = shield;\nreturn(lookup);\n}}\n\
-         sub vcl_error {{\n{}\n#FASTLY error\nreturn(deliver);\n}}\n",
+         sub vcl_error {{\n{}\n#FASTLY error\nreturn(deliver);\n}}\n\
+         sub vcl_fetch {{\n{}\n#FASTLY fetch\nreturn(deliver);\n}}\n",
         at("init"),
         at("recv"),
-        at("error")
+        at("error"),
+        at("fetch")
     )
 }
 
@@ -139,7 +148,7 @@ fn a_linter_of_fastlys_dialect_finds_nothing() {
 
 #[test]
 fn what_the_interpreter_does_not_know_it_refuses() {
-    let program = |recv: &str| Program::new(&[], recv, "", &["known".into()]).map(|_| ());
+    let program = |recv: &str| Program::new(&[], [recv, "", ""], &["known".into()]).map(|_| ());
     assert_eq!(program("if (table.contains(known, \"a\")) { log \"b\"; }"), Ok(()));
     for (bad, why) in [
         ("call nobody;", "no subroutine"),
@@ -338,6 +347,34 @@ fn a_key_that_needs_a_token_is_given_out_for_a_good_one_alone() {
             404,
             "without secrets there are no keys"
         );
+    });
+}
+
+#[test]
+fn what_must_not_be_kept_is_not_and_what_is_kept_goes_by_a_purge() {
+    run(async {
+        let stub = Stub::start();
+        let shield = origin();
+        let pop = Pop::start(&stub, Some(&shield.url));
+        let kept = || {
+            let mut kept: Vec<_> = stub.account.lock().kept.keys().cloned().collect();
+            kept.sort();
+            kept
+        };
+        get(&pop, "/live/fresh.ts");
+        assert_eq!(kept(), ["/live/fresh.ts"], "so it is without the code");
+        stub.account.lock().kept.clear();
+        let fastly = with_keys(&stub, &pop, &code()).await;
+        for path in ["/live/fresh.ts", "/live/seg_1.ts", "/live/seg_1.ts?r=1"] {
+            assert_eq!(get(&pop, path).status, 200);
+        }
+        assert_eq!(kept(), ["/live/seg_1.ts", "/live/seg_1.ts?r=1"]);
+        assert!(fastly.has_cached("/live/seg_1.ts", key_id(1)).await.unwrap());
+        let purge = |tag: String| Purge { tags: vec![tag], ..Purge::default() };
+        fastly.purge(&purge(format!("keyshield-key-{}", key_id(2)))).await.unwrap();
+        assert_eq!(kept().len(), 2);
+        fastly.purge(&purge(format!("keyshield-key-{}", key_id(1)))).await.unwrap();
+        assert!(kept().is_empty());
     });
 }
 

@@ -54,14 +54,14 @@ pub struct Program {
 }
 
 impl Program {
-    /// `files`: what stands at the top level; `recv` and `error`: what stands in `vcl_recv` and `vcl_error`.
+    /// `files`: what stands at the top level; `hooks`: what stands in `vcl_recv`, `vcl_error` and `vcl_fetch`.
     /// `dictionaries`: tables that come from elsewhere.
-    pub fn new(files: &[String], recv: &str, error: &str, dictionaries: &[String]) -> Result<Self, String> {
+    pub fn new(files: &[String], hooks: [&str; 3], dictionaries: &[String]) -> Result<Self, String> {
         let mut program = Program::default();
         for file in files {
             Parser::new(file)?.items(&mut program)?;
         }
-        for (name, body) in [("vcl_recv", recv), ("vcl_error", error)] {
+        for (name, body) in ["vcl_recv", "vcl_error", "vcl_fetch"].into_iter().zip(hooks) {
             program.subroutines.insert(name.to_owned(), Parser::new(body)?.statements()?);
         }
         for body in program.subroutines.values() {

@@ -91,10 +91,30 @@ struct Run<'a> {
     locals: Vec<HashMap<String, Value>>,
     groups: Vec<Option<String>>,
     answer: Option<Synthetic>,
+    /// Headers of the origin's answer, names in lower case.
+    fetched: Option<&'a HashMap<String, String>>,
     log: Vec<String>,
 }
 
 impl Edge<'_> {
+    /// Whether an answer of the origin's may be kept: all that `vcl_fetch` decides here.
+    pub fn keeps(&self, request: &Request, headers: &HashMap<String, String>) -> Result<bool, String> {
+        let mut run = Run {
+            edge: self,
+            request,
+            locals: Vec::new(),
+            groups: Vec::new(),
+            answer: None,
+            fetched: Some(headers),
+            log: Vec::new(),
+        };
+        match run.subroutine("vcl_fetch")? {
+            Flow::Next => Ok(true),
+            Flow::Return(state) if state == "pass" => Ok(false),
+            _ => Err("vcl_fetch does something else".into()),
+        }
+    }
+
     /// What becomes of a request, and what was logged.
     pub fn run(&self, request: &Request) -> Result<(Outcome, Vec<String>), String> {
         let mut run = Run {
@@ -103,6 +123,7 @@ impl Edge<'_> {
             locals: Vec::new(),
             groups: Vec::new(),
             answer: None,
+            fetched: None,
             log: Vec::new(),
         };
         let (status, reason) = match run.subroutine("vcl_recv")? {
@@ -262,6 +283,10 @@ impl Run<'_> {
             |value: Option<&String>| value.map_or(Value::NotSet, |value| Value::Text(value.clone()));
         if let Some(header) = name.strip_prefix("req.http.") {
             return Ok(or_not_set(self.request.headers.get(&header.to_lowercase())));
+        }
+        if let Some(header) = name.strip_prefix("beresp.http.") {
+            let headers = self.fetched.ok_or("there is no beresp outside vcl_fetch")?;
+            return Ok(or_not_set(headers.get(&header.to_lowercase())));
         }
         if let Some(header) = name.strip_prefix("obj.http.") {
             let headers = &self.object()?.headers;
