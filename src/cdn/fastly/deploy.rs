@@ -110,10 +110,11 @@ impl Api {
             None => Vec::new(),
         };
         self.check(&present, &dictionaries)?;
-
         let mut stores = Stores::found(&dictionaries);
+        self.check_keys(code, &stores)?;
         if is_all(&present, &snippets) && (code.is_none() || stores.are_all()) {
             self.give(code, &stores).await?;
+            self.take(code, &stores).await?;
             return Ok(FastlyDeployed { version: active, is_new: false, dictionary_id: stores.keys });
         }
         let version = self.clone_version(active).await?;
@@ -127,12 +128,21 @@ impl Api {
         self.give(code, &stores).await?;
         let activate = self.of_service(Method::PUT, &format!("version/{version}/activate"));
         self.call(&format!("activating version {version}"), activate).await?;
+        // What the code before this one needed: not before that is gone.
+        self.take(code, &stores).await?;
         Ok(FastlyDeployed { version, is_new: true, dictionary_id: stores.keys })
     }
 
     async fn give(&self, code: Option<&FastlyEdgeCode>, stores: &Stores) -> Result<(), CdnError> {
         match (code, &stores.secrets) {
             (Some(code), Some(id)) => self.write_secrets(id, &code.secrets()).await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn take(&self, code: Option<&FastlyEdgeCode>, stores: &Stores) -> Result<(), CdnError> {
+        match (code, &stores.secrets) {
+            (Some(code), Some(id)) => self.delete_secrets(id, &code.secrets()).await,
             _ => Ok(()),
         }
     }
@@ -146,25 +156,32 @@ impl Api {
             let name = &dynamic.name;
             return invalid(format!("the service has a dynamic snippet {name}; delete it, and deploy again"));
         }
-        let named = &self.settings().dictionary_id;
-        for dictionary in dictionaries {
-            let Dictionary { id, name, write_only } = dictionary;
-            match name.as_str() {
-                SECRETS if !write_only => {
-                    return invalid(format!(
-                        "the dictionary {SECRETS} of the service is not private: its items can be read; delete it \
-                         on a new version, and deploy again"
-                    ));
-                }
-                KEYS if !named.is_empty() && named != id => {
-                    return invalid(format!(
-                        "the dictionary {KEYS} of the service has the ID {id}, and the configuration names {named}"
-                    ));
-                }
-                _ => {}
-            }
+        if dictionaries.iter().any(|one| one.name == SECRETS && !one.write_only) {
+            return invalid(format!(
+                "the dictionary {SECRETS} of the service is not private: its items can be read; delete it on a new \
+                 version, and deploy again"
+            ));
         }
         Ok(())
+    }
+
+    /// Whether the code will read where the shield writes.
+    fn check_keys(&self, code: Option<&FastlyEdgeCode>, stores: &Stores) -> Result<(), CdnError> {
+        let named = &self.settings().dictionary_id;
+        let what = match &stores.keys {
+            _ if code.is_none() || named.is_empty() => return Ok(()),
+            Some(id) if id == named => return Ok(()),
+            Some(id) => {
+                format!(
+                    "the dictionary {KEYS} of the service has the ID {id}, and the configuration names {named}"
+                )
+            }
+            None => format!(
+                "the configuration names the dictionary {named}, and the active version has none of the name {KEYS}; \
+                 leave dictionary_id empty, deploy, and set the ID that this prints"
+            ),
+        };
+        Err(CdnError::new(CdnFault::Invalid, what))
     }
 
     async fn active_version(&self) -> Result<u64, CdnError> {

@@ -76,7 +76,7 @@ impl Api {
         }
     }
 
-    /// Writes what the code at the edge is given, and takes away what it is no longer given.
+    /// Writes what the code at the edge is given.
     pub(super) async fn write_secrets(
         &self,
         dictionary: &str,
@@ -87,7 +87,16 @@ impl Api {
             let item_value = Some(value.as_ref()?.expose());
             Some(Change { op: "upsert", item_key: (*name).to_owned(), item_value })
         });
-        self.change(doing, dictionary, changes.collect()).await.map_err(|error| silent(error, items))?;
+        self.change(doing, dictionary, changes.collect()).await.map_err(|error| silent(error, items))
+    }
+
+    /// Takes away what it is no longer given.
+    pub(super) async fn delete_secrets(
+        &self,
+        dictionary: &str,
+        items: &[(&str, Option<Secret>)],
+    ) -> Result<(), CdnError> {
+        let doing = "taking a secret from the code at the edge";
         for (name, _) in items.iter().filter(|(_, value)| value.is_none()) {
             let path = format!("dictionary/{dictionary}/item/{name}");
             match self.call(doing, self.of_service(Method::DELETE, &path)).await {

@@ -218,10 +218,13 @@ fn the_same_code_is_deployed_once_and_changed_code_again() {
         assert!(changed.is_new && stub.active().number == 3);
         assert_eq!(changed.dictionary_id, first.dictionary_id, "the keys stay where they are");
         assert_eq!(stub.items("keyshield_secrets").len(), 3);
+        stub.calls();
         fastly.deploy(Some(&code())).await.unwrap();
         assert_eq!(stub.items("keyshield_secrets").len(), 2, "what is not needed any more is taken away");
-        // Of what is not the shield's, nothing is touched.
-        assert!(stub.calls().iter().all(|call| !call.contains("backend") && !call.contains("domain")));
+        let calls = stub.calls();
+        let at = |end: &str| calls.iter().position(|call| call.ends_with(end)).unwrap();
+        assert!(at("/activate") < at("/item/token_key"), "and not before the code that needs it is gone");
+        assert!(at("/validate") < at("/items") && at("/items") < at("/activate"), "{calls:?}");
     });
 }
 
@@ -274,6 +277,11 @@ fn what_stands_in_the_way_of_a_deployment_is_said_before_anything_is_changed() {
         let elsewhere = at(settings(&stub, "other"), DeliveryMode::Push, "https://cdn.example.com").unwrap();
         let refused = elsewhere.deploy(Some(&code())).await.unwrap_err();
         assert!(refused.what.contains("the configuration names other"), "{refused}");
+        let fresh = Stub::start();
+        let elsewhere = at(settings(&fresh, "other"), DeliveryMode::Push, "https://cdn.example.com").unwrap();
+        assert!(
+            elsewhere.deploy(Some(&code())).await.unwrap_err().what.contains("leave dictionary_id empty")
+        );
 
         stub.account
             .lock()
