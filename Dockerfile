@@ -12,6 +12,8 @@ COPY Cargo.toml Cargo.lock ./
 COPY src ./src
 # Cargo wants every target of its manifest to be there.
 COPY benches ./benches
+# The code of the CDNs, which `keyshield cdn deploy` brings there.
+COPY edge ./edge
 RUN cargo build --locked --release --bin keyshield
 
 FROM debian:bookworm-slim

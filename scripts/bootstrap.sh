@@ -8,7 +8,7 @@
 #   scripts/bootstrap.sh test    also ffmpeg, GStreamer, VLC, Chromium, Node and
 #                                the packages of tests/players (hls.js, Shaka
 #                                Player, video.js, Shaka Packager) and tests/edge
-#                                (miniflare, the Fastly CLI), openssl, curl,
+#                                (miniflare, the Fastly CLI, falco), openssl, curl,
 #                                PostgreSQL, nginx, varnish, Python and the
 #                                packages of tests/tools (the default)
 #

@@ -27,7 +27,7 @@ pub use cloudfront::{CloudFront, CloudFrontSettings, SignerSettings};
 pub use custom::{CustomCdn, CustomSettings};
 pub use edge::{Edge, EdgeSettings, KeySeen, ProbeHeaders};
 pub use error::{CdnError, CdnFault};
-pub use fastly::{Fastly, FastlySettings};
+pub use fastly::{Fastly, FastlyDeployed, FastlyEdgeCode, FastlySettings, PopAnswer, PopTally};
 pub use plain::PlainCdn;
 
 use crate::keys::{EdgeCipher, EdgeSecret, KeyId, SealedKey};

@@ -88,6 +88,15 @@ pub(crate) fn with_json(request: RequestBuilder, value: &impl Serialize) -> Requ
 
 /// Sends, and reads the answer whatever its status. `at`: who is called, for the error.
 pub(crate) async fn send(request: RequestBuilder, at: &str) -> Result<Answer, RestError> {
+    send_within(request, at, MAX_ANSWER_BYTES).await
+}
+
+/// As [`send`], for answers that may rightly be longer than most.
+pub(crate) async fn send_within(
+    request: RequestBuilder,
+    at: &str,
+    max_bytes: usize,
+) -> Result<Answer, RestError> {
     let unreachable = |error: reqwest::Error| {
         RestError::Unreachable(format!("{at} cannot be reached: {}", deepest(&error)))
     };
@@ -95,7 +104,7 @@ pub(crate) async fn send(request: RequestBuilder, at: &str) -> Result<Answer, Re
     let (status, headers) = (response.status(), std::mem::take(response.headers_mut()));
     let mut body = Zeroizing::new(Vec::with_capacity(BODY_BYTES));
     while let Some(chunk) = response.chunk().await.map_err(unreachable)? {
-        if body.len() + chunk.len() > MAX_ANSWER_BYTES {
+        if body.len() + chunk.len() > max_bytes {
             return Err(RestError::TooLong(format!(
                 "{at} answers at too great length; is it the right address?"
             )));

@@ -8,6 +8,13 @@ mod cloudflare_worker;
 mod cloudflare_workerd;
 mod custom;
 mod documented;
+mod fastly;
+mod fastly_cli;
+mod fastly_edge;
+mod fastly_stub;
+mod fastly_vcl;
+mod served;
+mod vcl;
 mod whole;
 
 /// On a runtime of its own.

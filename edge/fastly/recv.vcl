@@ -1,0 +1,1 @@
+call keyshield_recv;
