@@ -3,7 +3,6 @@
 //! Both are global and have one region to sign for. KeyValueStore puts the account before the host of its endpoint; where
 //! one is configured, it is taken as it is written, so that it may be a loopback address or a private endpoint.
 
-use aws_config::meta::region::RegionProviderChain;
 use aws_config::timeout::TimeoutConfig;
 use aws_config::{Region, SdkConfig};
 use aws_credential_types::provider::SharedCredentialsProvider;
@@ -27,13 +26,15 @@ impl Clients {
         settings: &CloudFrontSettings,
         credentials: Option<SharedCredentialsProvider>,
     ) -> Self {
-        // The region of credentials: STS is asked where this machine is, as SigV4A wants it.
-        let region = RegionProviderChain::default_provider().or_else(REGION);
-        let mut loader = aws::loader(settings.timeout).region(region);
-        if let Some(credentials) = credentials {
-            loader = loader.credentials_provider(credentials);
-        }
-        let shared = loader.load().await;
+        let loader = || aws::loader(settings.timeout);
+        let shared = match credentials {
+            Some(credentials) => loader().credentials_provider(credentials).region(REGION).load().await,
+            // STS is asked for credentials in the region of this machine, as SigV4A wants it; where none is known, there.
+            None => match loader().load().await {
+                shared if shared.region().is_some() => shared,
+                _ => loader().region(REGION).load().await,
+            },
+        };
         Self { control: control(settings, &shared), store: store(settings, &shared) }
     }
 }
