@@ -15,10 +15,15 @@ const ENCRYPTION_KEY = '__ENCRYPTION_KEY__';
 const MAC_KEY = '__MAC_KEY__';
 // Empty: keys are given without a token.
 const TOKEN_KEY = '__TOKEN_KEY__';
-const KEY_PATH = '__KEY_PATH__';
-const MAX_AGE = 300;
+// What stands before key IDs, besides the second, at which the shield answers always.
+const KEY_PATHS = ['__KEY_PATH__', '/api/hls/keys/'];
+// For how many seconds a player may keep a key.
+const MAX_AGE = '__MAX_AGE__';
+// Origins whose scripts may read answers, separated by commas; * for all.
+const CORS_ORIGINS = '__CORS_ORIGINS__';
 
 const METHODS = 'GET, HEAD, OPTIONS';
+const EXPOSED = 'Accept-Ranges, Age, Content-Length, Content-Range, ETag';
 const REASONS = { '200': 'OK', '204': 'No Content', '403': 'Forbidden', '404': 'Not Found', '405': 'Method Not Allowed' };
 
 function hmac(key, text) {
@@ -87,40 +92,52 @@ function scopeOf(token) {
     return isOurs && Number(parts[0]) * 1000 > Date.now() ? parts[1] : null;
 }
 
-function answer(status, headers, body) {
-    const all = {
-        'access-control-allow-origin': { value: '*' },
-        'access-control-expose-headers': { value: 'Accept-Ranges, Age, Content-Length, Content-Range, ETag' },
-        'keyshield-served-by': { value: 'edge' },
-    };
+// As the shield: the same for everybody, or by the request's origin.
+function addCors(request, headers) {
+    const allowed = CORS_ORIGINS.split(',');
+    let origin = '*';
+    if (allowed.indexOf('*') < 0) {
+        headers.vary = { value: 'origin' };
+        origin = request.headers.origin ? request.headers.origin.value : '';
+        if (allowed.indexOf(origin) < 0) {
+            return;
+        }
+    }
+    headers['access-control-allow-origin'] = { value: origin };
+    headers['access-control-expose-headers'] = { value: EXPOSED };
+}
+
+function answer(request, status, headers, body) {
+    const all = { 'keyshield-served-by': { value: 'edge' } };
+    addCors(request, all);
     Object.keys(headers).forEach((name) => { all[name] = { value: headers[name] }; });
     const response = { statusCode: status, statusDescription: REASONS[status], headers: all };
-    if (body) {
+    if (body && request.method !== 'HEAD') {
         response.body = body;
     }
     return response;
 }
 
-function problem(method, status, detail) {
+function problem(request, status, detail) {
     const headers = { 'content-type': 'application/problem+json', 'cache-control': 'no-store' };
     if (status === 405) {
         headers.allow = METHODS;
     }
     const text = JSON.stringify({ type: 'about:blank', title: REASONS[status], status: status, detail: detail });
-    return answer(status, headers, method === 'HEAD' ? null : { encoding: 'text', data: text });
+    return answer(request, status, headers, { encoding: 'text', data: text });
 }
 
-async function check(method, id) {
+async function check(request, id) {
     const record = await read(id);
     if (!record) {
-        return problem(method, 404, 'the store at this edge has no such key');
+        return problem(request, 404, 'the store at this edge has no such key');
     }
     const value = hmac(record.key, 'keyshield check ' + id).slice(0, 16);
-    const headers = { 'content-type': 'text/plain', 'cache-control': 'no-store', 'keyshield-key': id };
-    return answer(200, headers, method === 'HEAD' ? null : { encoding: 'text', data: value });
+    const headers = { 'content-type': 'text/plain', 'cache-control': 'no-store', 'x-content-type-options': 'nosniff' };
+    return answer(request, 200, headers, { encoding: 'text', data: value });
 }
 
-function give(method, id, record) {
+function give(request, id, record) {
     const tags = ['keyshield-stream-' + record.stream, 'keyshield-key-' + id];
     const headers = {
         'content-type': 'application/octet-stream',
@@ -131,36 +148,44 @@ function give(method, id, record) {
         'keyshield-key': id,
     };
     const data = Buffer.from(record.key, 'hex').toString('base64');
-    return answer(200, headers, method === 'HEAD' ? null : { encoding: 'base64', data: data });
+    return answer(request, 200, headers, { encoding: 'base64', data: data });
+}
+
+// What a URI asks for: [, key ID, '/check' or undefined], or null for what is not this function's.
+function askedBy(uri) {
+    for (let i = 0; i < KEY_PATHS.length; i++) {
+        const path = KEY_PATHS[i];
+        if (uri.indexOf(path) === 0) {
+            return /^([0-9a-f]{32})(\/check)?$/.exec(uri.slice(path.length));
+        }
+    }
+    return null;
 }
 
 async function handler(event) {
     const request = event.request;
-    if (request.uri.indexOf(KEY_PATH) !== 0) {
-        return request;
-    }
-    const asked = /^([0-9a-f]{32})(\/check)?$/.exec(request.uri.slice(KEY_PATH.length));
+    const asked = askedBy(request.uri);
     if (!asked) {
         return request;
     }
     const method = request.method;
     if (method === 'OPTIONS') {
-        return answer(204, {
+        return answer(request, 204, {
             'access-control-allow-methods': METHODS,
             'access-control-allow-headers': '*, Authorization, Range',
             'access-control-max-age': '86400',
         });
     }
     if (method !== 'GET' && method !== 'HEAD') {
-        return problem(method, 405, 'only GET, HEAD and OPTIONS are answered here');
+        return problem(request, 405, 'only GET, HEAD and OPTIONS are answered here');
     }
     const id = asked[1];
     if (asked[2]) {
-        return check(method, id);
+        return check(request, id);
     }
     const scope = TOKEN_KEY ? scopeOf(tokenOf(request)) : '*';
     if (scope === null) {
-        return problem(method, 403, 'this key is given for a token that is good, and this request has none');
+        return problem(request, 403, 'this key is given for a token that is good, and this request has none');
     }
     const record = await read(id);
     if (!record) {
@@ -171,7 +196,7 @@ async function handler(event) {
         return request;
     }
     if (scope !== '*' && scope !== record.stream) {
-        return problem(method, 403, 'the token is for another stream');
+        return problem(request, 403, 'the token is for another stream');
     }
-    return give(method, id, record);
+    return give(request, id, record);
 }

@@ -25,7 +25,7 @@ use aws_credential_types::provider::{ProvideCredentials, SharedCredentialsProvid
 use tokio::sync::{Mutex, OnceCell};
 
 use self::clients::Clients;
-pub use self::function::edge_code;
+pub use self::function::{CloudFrontEdgeCode, edge_code};
 pub use self::invalidation::Patience;
 pub use self::key_group::{KeyGroup, KeyGroupStatus, Step};
 pub use self::signer::{SignedCookie, Signer};
@@ -36,9 +36,7 @@ use crate::keys::{EdgeCipher, KeyId, SealedKey};
 /// Keys in one UpdateKeys (Quotas on key value stores).
 const KEYS_PER_CALL: usize = 50;
 /// Paths or tags that an account may invalidate in a second (Quotas on invalidations).
-const TAGS_PER_PURGE: usize = 150;
-/// Paths with a wildcard that may be in progress for a distribution; paths are often turned into such.
-const PATHS_PER_PURGE: usize = 15;
+const ITEMS_PER_PURGE: usize = 150;
 /// Until what is written to a KeyValueStore is at every edge: "within a few seconds", and some more.
 const STORE_SETTLES_WITHIN: Duration = Duration::from_secs(10);
 
@@ -153,8 +151,8 @@ impl Cdn for CloudFront {
         };
         CdnLimits {
             keys_per_call: KEYS_PER_CALL,
-            tags_per_purge: if self.settings.has_cache_tags { TAGS_PER_PURGE } else { 0 },
-            urls_per_purge: PATHS_PER_PURGE,
+            tags_per_purge: if self.settings.has_cache_tags { ITEMS_PER_PURGE } else { 0 },
+            urls_per_purge: ITEMS_PER_PURGE,
             // Not documented; a write is often two calls, and several nodes may write.
             writes: Rate { calls: 5, per: Duration::from_secs(1) },
             purges: Rate { calls: 1, per: Duration::from_secs(1) },

@@ -22,8 +22,8 @@ use async_trait::async_trait;
 pub use cloudflare::{Cloudflare, CloudflareSettings};
 #[cfg(feature = "cdn-cloudfront")]
 pub use cloudfront::{
-    CloudFront, CloudFrontSettings, KeyGroup, KeyGroupStatus, Patience, SignedCookie, Signer, SignerSettings,
-    Step, edge_code as cloudfront_edge_code,
+    CloudFront, CloudFrontEdgeCode, CloudFrontSettings, KeyGroup, KeyGroupStatus, Patience, SignedCookie,
+    Signer, SignerSettings, Step, edge_code as cloudfront_edge_code,
 };
 pub use custom::{CustomCdn, CustomSettings};
 pub use edge::{Edge, EdgeSettings, KeySeen, ProbeHeaders};

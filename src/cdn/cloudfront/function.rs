@@ -3,6 +3,8 @@
 //! Its keys are derived ones and stand in the code, not in the store: see there for why. So the code is a secret, is sent
 //! without a word in the log, and is compared with what is live before anything is changed.
 
+use std::time::Duration;
+
 use aws_sdk_cloudfront::error::ProvideErrorMetadata;
 use aws_sdk_cloudfront::primitives::Blob;
 use aws_sdk_cloudfront::types::{
@@ -27,20 +29,51 @@ const CREATE: &str = "cloudfront:CreateFunction";
 const UPDATE: &str = "cloudfront:UpdateFunction";
 const PUBLISH: &str = "cloudfront:PublishFunction";
 
-/// The function with the keys of one CDN. `key_path` is what stands before key IDs; with `needs_token`, keys are given
-/// to viewers with a token only.
-pub fn edge_code(secret: &EdgeSecret, key_path: &str, needs_token: bool) -> Zeroizing<String> {
-    let token = if needs_token { secret.token_key() } else { Zeroizing::default() };
-    let mut code = Zeroizing::new(SOURCE.to_owned());
-    for (placeholder, value) in [
-        ("__ENCRYPTION_KEY__", secret.encryption_key().as_str()),
-        ("__MAC_KEY__", secret.mac_key().as_str()),
-        ("__TOKEN_KEY__", token.as_str()),
-        ("__KEY_PATH__", key_path),
-    ] {
-        code = Zeroizing::new(code.replace(placeholder, value));
+/// What is filled in.
+#[derive(Debug, Clone)]
+pub struct CloudFrontEdgeCode {
+    /// What stands before key IDs: `/api/hls/keys/`.
+    pub key_path: String,
+    /// For how long players may keep a key.
+    pub key_max_age: Duration,
+    /// Whose scripts may read answers; `*` for all.
+    pub cors_origins: Vec<String>,
+    pub secret: EdgeSecret,
+    /// Whether keys are given to viewers with a token only.
+    pub needs_token: bool,
+}
+
+impl CloudFrontEdgeCode {
+    /// The function, which is a secret then.
+    pub fn text(&self) -> Zeroizing<String> {
+        let token = if self.needs_token { self.secret.token_key() } else { Zeroizing::default() };
+        let (max_age, origins) = (self.key_max_age.as_secs().to_string(), self.cors_origins.join(","));
+        let mut code = Zeroizing::new(SOURCE.to_owned());
+        for (placeholder, value) in [
+            ("__ENCRYPTION_KEY__", self.secret.encryption_key().as_str()),
+            ("__MAC_KEY__", self.secret.mac_key().as_str()),
+            ("__TOKEN_KEY__", token.as_str()),
+            ("__KEY_PATH__", &self.key_path),
+            ("__MAX_AGE__", &max_age),
+            ("__CORS_ORIGINS__", &origins),
+        ] {
+            // Each stands between quotes.
+            code = Zeroizing::new(code.replace(placeholder, &value.replace(['\'', '\\', '\n'], "")));
+        }
+        code
     }
-    code
+}
+
+/// As [`CloudFrontEdgeCode::text`], with what the shield does by default: keys are kept for five minutes and read by all.
+pub fn edge_code(secret: &EdgeSecret, key_path: &str, needs_token: bool) -> Zeroizing<String> {
+    let code = CloudFrontEdgeCode {
+        key_path: key_path.to_owned(),
+        key_max_age: Duration::from_secs(300),
+        cors_origins: vec!["*".into()],
+        secret: secret.clone(),
+        needs_token,
+    };
+    code.text()
 }
 
 impl CloudFront {
@@ -151,7 +184,7 @@ mod tests {
             let code = edge_code(&secret, "/api/hls/keys/", needs_token);
             assert!(code.len() < MAX_FUNCTION, "{} bytes", code.len());
             assert!(!code.contains("__") && !code.contains(text));
-            assert!(code.contains(secret.mac_key().as_str()) && code.contains("'/api/hls/keys/'"));
+            assert!(code.contains(secret.mac_key().as_str()) && code.contains("['/api/hls/keys/', "));
             assert_eq!(code.contains(secret.token_key().as_str()), needs_token);
         }
     }

@@ -19,6 +19,8 @@ use crate::entropy;
 const CREATE: &str = "cloudfront:CreateInvalidation";
 const GET: &str = "cloudfront:GetInvalidation";
 
+/// Paths with a wildcard that may be in progress for a distribution (Quotas on invalidations).
+const WILDCARDS_AT_ONCE: usize = 15;
 /// How often it is sent when there is no answer; CloudFront knows it again by its reference.
 const ATTEMPTS: u32 = 3;
 
@@ -45,12 +47,11 @@ impl Default for Patience {
 impl CloudFront {
     /// Returns when CloudFront says that it is completed.
     pub(super) async fn invalidate(&self, purge: &Purge) -> Result<(), CdnError> {
-        let items = items(purge, self.settings.has_cache_tags)?;
-        if items.is_empty() {
-            return Ok(());
+        for batch in batches(items(purge, self.settings.has_cache_tags)?) {
+            let id = self.create_invalidation(&batch).await?;
+            self.await_invalidation(&id).await?;
         }
-        let id = self.create_invalidation(&items).await?;
-        self.await_invalidation(&id).await
+        Ok(())
     }
 
     async fn create_invalidation(&self, items: &[String]) -> Result<String, CdnError> {
@@ -138,6 +139,18 @@ fn items(purge: &Purge, has_cache_tags: bool) -> Result<Vec<String>, CdnError> {
     Ok(all.iter().filter(|item| !is_covered(item)).cloned().collect())
 }
 
+/// One after the other: with no more wildcards each than may be in progress.
+fn batches(items: Vec<String>) -> Vec<Vec<String>> {
+    let (wildcards, mut plain): (Vec<_>, Vec<_>) = items.into_iter().partition(|item| item.ends_with('*'));
+    let mut batches: Vec<_> = wildcards.chunks(WILDCARDS_AT_ONCE).map(<[String]>::to_vec).collect();
+    match batches.first_mut() {
+        Some(first) => first.append(&mut plain),
+        None if plain.is_empty() => {}
+        None => batches.push(plain),
+    }
+    batches
+}
+
 /// A path or a prefix as CloudFront takes it.
 fn item_of(path: &str, is_prefix: bool) -> String {
     match path.split_once('~') {
@@ -177,6 +190,16 @@ mod tests {
     fn what_a_wildcard_covers_is_named_once() {
         let covered = purge(&[], &["/live/ch1/a.m3u8", "/other"], &["/live/ch1/", "/live/ch1/720p/"]);
         assert_eq!(items(&covered, false).unwrap(), texts(&["/live/ch1/*", "/other"]));
+    }
+
+    #[test]
+    fn no_more_wildcards_are_in_progress_than_may_be() {
+        let prefixes: Vec<_> = (0..31).map(|n| format!("/ch{n:02}/")).collect();
+        let all = Purge { prefixes, paths: texts(&["/a", "/b"]), ..Purge::default() };
+        let batches = batches(items(&all, false).unwrap());
+        assert_eq!(batches.iter().map(Vec::len).collect::<Vec<_>>(), [17, 15, 1]);
+        assert_eq!(super::batches(texts(&["/a"])), [texts(&["/a"])]);
+        assert!(super::batches(Vec::new()).is_empty());
     }
 
     #[test]

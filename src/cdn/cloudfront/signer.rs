@@ -103,7 +103,7 @@ impl Signer {
         let now = self.clock.now();
         if expires <= now || expires.since(now) > self.settings.longest_life {
             return Err(invalid(format!(
-                "a signature is good for at most {} s from now (longest_life): an old key stays in the group no longer",
+                "a signature is good for at most {} s from now (signer_longest_life_secs): an old key stays in the group no longer",
                 self.settings.longest_life.as_secs()
             )));
         }
@@ -205,7 +205,9 @@ mod tests {
         let (_dir, signer) = signer();
         let sign = |expires| signer.sign_cookies("https://cdn.example.com/*", expires);
         assert!(sign(NOW.plus(Duration::from_secs(3_600))).is_ok());
-        assert!(sign(NOW.plus(Duration::from_secs(3_601))).unwrap_err().what.contains("longest_life"));
+        assert!(
+            sign(NOW.plus(Duration::from_secs(3_601))).unwrap_err().what.contains("signer_longest_life_secs")
+        );
         assert!(sign(NOW).is_err(), "it has passed");
     }
 

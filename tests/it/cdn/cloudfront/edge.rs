@@ -2,8 +2,9 @@
 //! CloudFront's language has, and holds its answers to CloudFront's rules.
 
 use std::path::Path;
+use std::time::Duration;
 
-use keyshield::cdn::{Cdn, CloudFront, DeliveryMode, KeySeen, cloudfront_edge_code};
+use keyshield::cdn::{Cdn, CloudFront, CloudFrontEdgeCode, DeliveryMode, KeySeen, cloudfront_edge_code};
 use keyshield::keys::{
     CONTENT_SECRET_LEN, CheckValue, ContentKey, ContentSecrets, EDGE_NONCE_LEN, EdgeSecret, KeyId, KeyMethod,
     SealedKey, StreamId, Timestamp, TokenScope, seal_for_edge, viewer_token,
@@ -155,6 +156,29 @@ fn a_key_from_the_edge_has_the_headers_of_one_from_the_shield() {
 }
 
 #[test]
+fn scripts_of_hosts_that_are_listed_may_read_keys_and_others_may_not() {
+    let code = CloudFrontEdgeCode {
+        key_path: "/keys/".into(),
+        key_max_age: Duration::from_secs(60),
+        cors_origins: vec!["https://a.example".into(), "https://b.example".into()],
+        secret: secret(),
+        needs_token: false,
+    };
+    let front = Front::running(&code.text());
+    front.put(KeyMethod::Aes128, 1);
+    for (origin, allowed) in [("https://b.example", Some("https://b.example")), ("https://c.example", None)] {
+        let key = ask("GET", &format!("{}/keys/{}", front.url, id(1)), &[("Origin", origin)]);
+        assert_eq!((key.status, key.header("cache-control")), (200, Some("private, max-age=60")));
+        assert_eq!(
+            (key.header("access-control-allow-origin"), key.header("vary")),
+            (allowed, Some("origin"))
+        );
+    }
+    assert_eq!(front.key(1).status, 200, "at the path where the shield answers always");
+    assert!(front.origin.targets().is_empty());
+}
+
+#[test]
 fn a_key_that_was_deleted_is_the_origins_to_answer() {
     let front = Front::start(false);
     front.put(KeyMethod::Aes128, 1);
@@ -244,7 +268,7 @@ fn every_other_path_is_the_origins_as_it_was_asked() {
 #[test]
 fn a_function_without_its_keys_gives_nothing_out() {
     let source = std::fs::read_to_string(repository("edge/cloudfront/function.js")).unwrap();
-    let front = Front::running(&source.replace("__KEY_PATH__", KEY_PATH));
+    let front = Front::running(&source);
     front.put(KeyMethod::Aes128, 1);
     assert_eq!(front.key(1).status, 403);
     assert_eq!(front.seen(1), KeySeen::Missing);

@@ -99,7 +99,7 @@ fn a_key_is_added_signs_when_it_is_everywhere_and_replaces_the_old_one_when_that
     site.wire.tell(&json!({"deploys": 1}));
     assert_eq!(site.step(NOW), Step::Begun);
     let Step::Created { new } = site.step(NOW) else { panic!("no key was made") };
-    assert_eq!(site.in_group(), [site.first.clone()]);
+    assert_eq!(site.in_group(), [site.first.as_str()]);
     assert_eq!(site.step(NOW), Step::Added);
     assert_eq!(site.in_group(), [site.first.clone(), new.clone()]);
 
@@ -120,7 +120,7 @@ fn a_key_is_added_signs_when_it_is_everywhere_and_replaces_the_old_one_when_that
     assert_eq!(site.step(until), Step::Removed);
     assert_eq!(site.step(until), Step::Deleted);
     assert_eq!(site.step(until), Step::Done);
-    assert_eq!(site.in_group(), [new.clone()]);
+    assert_eq!(site.in_group(), [new.as_str()]);
     assert_eq!(files(&site.folder), [format!("{new}.pem"), "signing".into()]);
     let told = site.wire.tell(&json!({}));
     assert_eq!(told["keys"].as_object().unwrap().keys().collect::<Vec<_>>(), [&new]);
@@ -154,7 +154,7 @@ fn a_crash_between_any_two_writes_is_gone_on_with() {
         }
     }
     let new = site.signing();
-    assert_eq!(site.in_group(), [new.clone()]);
+    assert_eq!(site.in_group(), [new.as_str()]);
     assert_eq!(files(&site.folder), [format!("{new}.pem"), "signing".into()], "{steps:?}");
     assert_eq!(site.wire.tell(&json!({}))["keys"].as_object().unwrap().len(), 1, "no key was made twice");
 }
@@ -222,7 +222,7 @@ fn moto_takes_our_public_key_and_has_no_way_to_change_a_group() {
     assert_eq!(site.step(NOW), Step::Begun);
     let Step::Created { new } = site.step(NOW) else { panic!("no key was made") };
     let status = run(group.status()).unwrap();
-    assert_eq!(status.in_group, [site.first.clone()]);
+    assert_eq!(status.in_group, [site.first.as_str()]);
     assert_eq!(status.rotation, Some(("created", Some(new.clone()))));
     let got = site.wire.by_aws("get_public_key", json!({"Id": new}));
     let encoded = got["PublicKey"]["PublicKeyConfig"]["EncodedKey"].as_str().unwrap();
