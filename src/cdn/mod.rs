@@ -23,7 +23,10 @@ use url::Url;
 
 pub use cloudflare::{Cloudflare, CloudflareSettings};
 #[cfg(feature = "cdn-cloudfront")]
-pub use cloudfront::{CloudFront, CloudFrontSettings, SignerSettings};
+pub use cloudfront::{
+    CloudFront, CloudFrontEdgeCode, CloudFrontSettings, KeyGroup, KeyGroupStatus, Patience, SignedCookie,
+    Signer, SignerSettings, Step, edge_code as cloudfront_edge_code,
+};
 pub use custom::{CustomCdn, CustomSettings};
 pub use edge::{Edge, EdgeSettings, KeySeen, ProbeHeaders};
 pub use error::{CdnError, CdnFault};

@@ -16,25 +16,20 @@ use std::fmt;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use aws_config::identity::IdentityCache;
-use aws_config::{AppName, BehaviorVersion, Region, SdkConfig};
+use aws_config::{Region, SdkConfig};
 use aws_credential_types::provider::{ProvideCredentials, SharedCredentialsProvider};
 use aws_sdk_kms::Client;
-use aws_sdk_kms::config::retry::RetryConfig;
-use aws_sdk_kms::config::timeout::TimeoutConfig;
 use aws_sdk_kms::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_kms::primitives::Blob;
 use aws_sdk_kms::types::{DataKeySpec, KeyMetadata, KeyState, KeyUsageType};
-use aws_smithy_http_client::tls;
 use tokio::sync::OnceCell;
-use tracing::instrument::WithSubscriber;
-use tracing::subscriber::NoSubscriber;
 use zeroize::Zeroizing;
 
 pub use self::arn::KeyArn;
 pub(crate) use self::arn::{is_alias, is_key_id, is_label};
 use super::{Cause, KeyDescription, Kms, KmsError, WrappedKey, named_by};
 use crate::keys::{Context, DataEncryptionKey};
+use crate::rest::aws::{self, quietly};
 
 const PROVIDER: &str = "aws";
 
@@ -102,18 +97,7 @@ impl AwsKms {
     }
 
     async fn settle(&self) -> Result<Home, KmsError> {
-        let ring = tls::Provider::Rustls(tls::rustls_provider::CryptoMode::Ring);
-        let http = aws_smithy_http_client::Builder::new().tls_provider(ring).build_https();
-        // A little less than a call has, so that an error can say that it was the credentials.
-        let identities = IdentityCache::lazy().load_timeout(self.timeout.mul_f64(0.8)).build();
-        let mut loader = aws_config::defaults(BehaviorVersion::latest())
-            .http_client(http)
-            .identity_cache(identities)
-            .retry_config(RetryConfig::disabled())
-            .timeout_config(TimeoutConfig::builder().connect_timeout(self.timeout).build());
-        if let Ok(name) = AppName::new("keyshield") {
-            loader = loader.app_name(name);
-        }
+        let mut loader = aws::loader(self.timeout);
         if let Some(credentials) = &self.credentials {
             loader = loader.credentials_provider(credentials.clone());
         }
@@ -207,12 +191,6 @@ impl AwsKms {
             state => Some(Cause::Refused(format!("its state is {}", state.as_str()))),
         }
     }
-}
-
-/// Sends without a word in the log: at level trace the SDK writes whole requests and answers, or can be told to, and a key
-/// is in these.
-async fn quietly<T>(sent: impl Future<Output = T>) -> T {
-    sent.with_subscriber(NoSubscriber::new()).await
 }
 
 fn encryption_context(context: &Context<'_>) -> HashMap<String, String> {

@@ -3,6 +3,8 @@
 //!
 //! Deliberately absent: retries and what an answer means, which are the caller's.
 
+#[cfg(any(feature = "cdn-cloudfront", feature = "kms-aws"))]
+pub(crate) mod aws;
 mod secret;
 
 use std::error::Error;

@@ -5,11 +5,11 @@
 
 use std::error::Error;
 
-use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_kms::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_kms::operation::RequestId;
 
 use super::super::{Cause, deepest};
+use crate::rest::aws::{NoCredentials, no_credentials};
 
 /// The longest text of AWS's that is passed on, in characters.
 const MAX_SAID: usize = 600;
@@ -19,8 +19,8 @@ pub(super) fn cause<E>(operation: &str, key: &str, place: &str, error: &SdkError
 where
     E: ProvideErrorMetadata + Error + 'static,
 {
-    if let Some(credentials) = credentials_error(error) {
-        return of_credentials(credentials);
+    if let Some(NoCredentials { may_come, why }) = no_credentials(error) {
+        return if may_come { Cause::Unavailable(why) } else { Cause::Refused(why) };
     }
     let status = error.raw_response().map_or(0, |response| response.status().as_u16());
     match error {
@@ -90,36 +90,6 @@ fn of_service(code: &str, status: u16, said: &str, key: &str, place: &str) -> Ca
     }
 }
 
-fn credentials_error<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e CredentialsError> {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if let Some(credentials) = error.downcast_ref() {
-            return Some(credentials);
-        }
-        next = error.source();
-    }
-    None
-}
-
-/// A service or an endpoint that gives credentials may answer a moment later; where there is none, nobody does.
-fn of_credentials(error: &CredentialsError) -> Cause {
-    const CHECK: &str = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the role of this pod, task \
-        or instance";
-    let why = said_of(error);
-    match error {
-        CredentialsError::ProviderError(_) | CredentialsError::ProviderTimedOut(_) => {
-            Cause::Unavailable(format!("no credentials yet: {why}; {CHECK}"))
-        }
-        _ => Cause::Refused(format!("no credentials: {why}; {CHECK}")),
-    }
-}
-
-fn said_of(error: &CredentialsError) -> String {
-    let (top, bottom) = (error.to_string(), deepest(error).to_string());
-    let text = if top == bottom { top } else { format!("{top}: {bottom}") };
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_SAID).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -160,13 +130,5 @@ mod tests {
     #[test]
     fn a_long_text_is_cut() {
         assert!(said(&"x".repeat(100_000), "r").len() < MAX_SAID + 20);
-    }
-
-    #[test]
-    fn credentials_that_may_come_are_waited_for_and_those_that_are_not_there_are_not() {
-        let none = of_credentials(&CredentialsError::not_loaded("nothing in the chain"));
-        assert!(matches!(&none, Cause::Refused(why) if why.contains("AWS_ACCESS_KEY_ID")), "{none:?}");
-        let away = of_credentials(&CredentialsError::provider_error("STS is away"));
-        assert!(matches!(&away, Cause::Unavailable(why) if why.contains("STS is away")), "{away:?}");
     }
 }

@@ -6,6 +6,8 @@ mod cloudflare;
 mod cloudflare_stub;
 mod cloudflare_worker;
 mod cloudflare_workerd;
+#[cfg(feature = "cdn-cloudfront")]
+mod cloudfront;
 mod custom;
 mod documented;
 mod fastly;
