@@ -3,6 +3,7 @@
 //! One binary, so that it links once. Everything listens on loopback, is bounded in time and is stopped by
 //! its own process ID. `scripts/bootstrap.sh test` installs what these tests call.
 
+mod cdn_cli;
 mod cli;
 mod control_api;
 mod corpus;
