@@ -3,9 +3,12 @@
 mod args;
 mod check;
 mod cures;
+mod deploy;
 mod report;
 mod run;
 mod secrets;
+#[cfg(feature = "cdn-cloudfront")]
+mod signer;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,7 +16,7 @@ use std::sync::Arc;
 use anyhow::{Context, anyhow};
 use url::Url;
 
-pub use self::args::{CdnCommand, CdnTarget, TokenFor};
+pub use self::args::{CdnCommand, CdnTarget, SignedWhat, TokenFor};
 pub use self::run::{Printed, run};
 use crate::cdn::{
     Cdn, CdnError, Cloudflare, CustomCdn, DeliveryMode, Edge, EdgeSettings, Fastly, NamedCdn, PlainCdn,
@@ -33,6 +36,10 @@ pub(super) fn cdns(config: &Config) -> anyhow::Result<Vec<NamedCdn>> {
 /// One of `[[cdns]]`.
 fn connect(config: &Config, cdn: &CdnConfig) -> anyhow::Result<NamedCdn> {
     let context = || format!("CDN {}", cdn.name);
+    if lacks_dictionary(cdn) {
+        let what = "there is no dictionary_id: run `keyshield cdn deploy`, which makes the dictionary and says its ID";
+        return Err(anyhow!(what)).with_context(context);
+    }
     Ok(NamedCdn {
         name: cdn.name.clone(),
         kind: cdn.vendor.kind(),
@@ -50,6 +57,12 @@ fn plain(config: &Config, url: &Url) -> anyhow::Result<NamedCdn> {
     let cdn = Arc::new(PlainCdn::new(edge, config.key_max_age));
     let (mode, edge) = (DeliveryMode::Pull, url.to_string());
     Ok(NamedCdn { name, kind: "plain", mode, edge, secret: None, cdn })
+}
+
+/// Whether keys are to be pushed to a service of Fastly's to which nothing was deployed yet.
+pub(super) fn lacks_dictionary(cdn: &CdnConfig) -> bool {
+    let is_missing = matches!(&cdn.vendor, CdnVendor::Fastly(settings) if settings.dictionary_id.is_empty());
+    is_missing && cdn.mode == DeliveryMode::Push
 }
 
 /// The entry of a name.
@@ -80,6 +93,15 @@ fn edge_secret(cdn: &CdnConfig) -> anyhow::Result<Option<EdgeSecret>> {
     Ok(Some(secret))
 }
 
+/// That secret, for what cannot go without.
+fn secret_of(cdn: &CdnConfig) -> anyhow::Result<EdgeSecret> {
+    let name = &cdn.name;
+    let secret = edge_secret(cdn).with_context(|| format!("CDN {name}"))?;
+    secret.ok_or_else(|| {
+        anyhow!("CDN {name} has no edge secret: give its entry an edge_secret_file, or set cdn.edge_secret")
+    })
+}
+
 fn connector(config: &Config, cdn: &CdnConfig) -> Result<Arc<dyn Cdn>, CdnError> {
     let edge = edge(config, &cdn.edge_url, cdn.ca_file.clone(), cdn.mode)?;
     Ok(match cdn.vendor.clone() {
@@ -89,6 +111,16 @@ fn connector(config: &Config, cdn: &CdnConfig) -> Result<Arc<dyn Cdn>, CdnError>
         CdnVendor::Fastly(settings) => Arc::new(Fastly::new(settings, cdn.mode, edge)?),
         CdnVendor::Custom(settings) => Arc::new(CustomCdn::new(settings, cdn.mode, edge)?),
     })
+}
+
+/// The distribution itself, for what other CDNs have nothing of.
+#[cfg(feature = "cdn-cloudfront")]
+fn cloudfront(config: &Config, cdn: &CdnConfig) -> anyhow::Result<crate::cdn::CloudFront> {
+    let CdnVendor::CloudFront(settings) = &cdn.vendor else {
+        return Err(anyhow!("CDN {} is of kind {:?}: this is CloudFront's", cdn.name, cdn.vendor.kind()));
+    };
+    let edge = edge(config, &cdn.edge_url, cdn.ca_file.clone(), cdn.mode)?;
+    Ok(crate::cdn::CloudFront::new(settings.clone(), cdn.mode, edge)?)
 }
 
 fn edge(config: &Config, url: &Url, ca_file: Option<PathBuf>, mode: DeliveryMode) -> Result<Edge, CdnError> {
@@ -143,6 +175,19 @@ mod tests {
         assert!(error.contains("64 hexadecimal digits") && !error.contains("sesame"), "{error}");
         std::fs::write(&file, format!("{}\n", "0f".repeat(32))).unwrap();
         assert_eq!(built(&text).unwrap()[0].secret, "0f".repeat(32).parse().ok());
+    }
+
+    #[test]
+    fn a_service_without_a_dictionary_cannot_be_pushed_to_and_is_told_how_to_get_one() {
+        let text = format!(
+            "[cdn]\nedge_secret = \"{}\"\nfastly_api_token = \"t\"\n\
+             [[cdns]]\nname = \"a\"\nkind = \"fastly\"\nmode = \"push\"\nedge_url = \"https://cdn.example\"\n\
+             [cdns.fastly]\nservice_id = \"SU1Z\"\n",
+            "0f".repeat(32)
+        );
+        let error = format!("{:#}", built(&text).unwrap_err());
+        assert!(error.starts_with("CDN a: ") && error.contains("keyshield cdn deploy"), "{error}");
+        assert!(built(&format!("{text}dictionary_id = \"3vjT\"\n")).is_ok());
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use serde_json::json;
 
+use super::cdn::lacks_dictionary;
 use crate::config::{
     Config, Effective, EffectiveValue, Environment, JwksSource, KmsConfig, endpoint_name, masked_url,
 };
@@ -17,6 +18,10 @@ pub fn check(effective: &Effective, environment: &Environment) -> String {
     for name in environment.ignored(&effective.config.kms) {
         // Writing to memory does not fail.
         let _ = writeln!(out, "note: {name} is set, but not honoured by this version or with this KMS");
+    }
+    for cdn in effective.config.cdns.iter().filter(|cdn| lacks_dictionary(cdn)) {
+        let _ =
+            writeln!(out, "note: CDN {} has no dictionary_id yet: `keyshield cdn deploy` says it", cdn.name);
     }
     out.push_str("the configuration is right\n\n");
     out.push_str(&values(&effective.values));

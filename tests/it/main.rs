@@ -4,6 +4,7 @@
 //! its own process ID. `scripts/bootstrap.sh test` installs what these tests call.
 
 mod cdn;
+mod cdn_cli;
 mod cli;
 mod control_api;
 mod corpus;

@@ -27,6 +27,18 @@ pub struct TokenFor {
     pub all_streams: bool,
 }
 
+/// What is signed.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct SignedWhat {
+    /// This URL alone
+    #[arg(long, value_name = "URL")]
+    pub url: Option<String>,
+    /// Cookies for all URLs of this pattern
+    #[arg(long, value_name = "PATTERN")]
+    pub cookies: Option<String>,
+}
+
 #[derive(Debug, Subcommand)]
 pub enum CdnCommand {
     /// Try each CDN end to end with a throw-away key, and say what is missing
@@ -40,6 +52,9 @@ pub enum CdnCommand {
         /// Only this one, by its name in [[cdns]] or its address in cdn.endpoints
         #[arg(long, value_name = "NAME")]
         cdn: Option<String>,
+        /// How long the edge is waited for, beyond what the vendor says that changes take
+        #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=3_600))]
+        wait: u32,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -61,5 +76,46 @@ pub enum CdnCommand {
         /// For how long it is good
         #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=31_622_400))]
         ttl: u32,
+    },
+    /// Bring the code of the edge to a CDN that takes it by its API: Fastly, CloudFront
+    #[command(
+        after_help = "Examples:\n  keyshield cdn deploy --config keyshield.toml --cdn edge-c\n  keyshield cdn deploy --config keyshield.toml --cdn edge-b --function keyshield-keys --needs-token\n\nAll that is there already stays as it is. Run it again after an update, or with a new edge secret."
+    )]
+    Deploy {
+        #[command(flatten)]
+        target: CdnTarget,
+        /// CloudFront: the function's name
+        #[arg(long, value_name = "NAME", default_value = "keyshield-keys")]
+        function: String,
+        /// Give keys out against a viewer's token alone
+        #[arg(long)]
+        needs_token: bool,
+    },
+    /// Sign a URL, or cookies, that let a viewer in at CloudFront
+    #[command(
+        after_help = "Examples:\n  keyshield cdn sign --config keyshield.toml --cdn edge-b --url https://b.example.com/live/ch1/master.m3u8 --ttl 3600\n  keyshield cdn sign --config keyshield.toml --cdn edge-b --cookies 'https://b.example.com/live/ch1/*' --ttl 3600"
+    )]
+    Sign {
+        #[command(flatten)]
+        target: CdnTarget,
+        #[command(flatten)]
+        what: SignedWhat,
+        /// For how long it is good; signer_longest_life_secs at most
+        #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=31_622_400))]
+        ttl: u32,
+    },
+    /// Change the key that signs for CloudFront, without turning a viewer away; or go on with it
+    #[command(
+        after_help = "Examples:\n  keyshield cdn rotate-signer --config keyshield.toml --cdn edge-b\n  keyshield cdn rotate-signer --config keyshield.toml --cdn edge-b --status\n\nRun it again when it says so: the old key stays as long as anything that it signed."
+    )]
+    RotateSigner {
+        #[command(flatten)]
+        target: CdnTarget,
+        /// Wait for what takes time, instead of being run again
+        #[arg(long, conflicts_with = "status")]
+        wait: bool,
+        /// Only say how things stand
+        #[arg(long)]
+        status: bool,
     },
 }

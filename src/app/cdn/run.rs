@@ -3,6 +3,8 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
+#[cfg(feature = "cdn-cloudfront")]
+use anyhow::Context;
 use anyhow::{anyhow, bail};
 use indicatif::ProgressBar;
 use parking_lot::Mutex;
@@ -10,17 +12,17 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
-use super::args::CdnCommand;
+use super::args::{CdnCommand, CdnTarget};
 use super::check::{Step, ThrowAway, Waiting, check};
 use super::report::{self, Checked};
-use super::{connect, plain, secrets};
+#[cfg(feature = "cdn-cloudfront")]
+use super::signer;
+use super::{connect, deploy, plain, secrets};
 use crate::cdn::{DeliveryMode, NamedCdn};
 use crate::clock::Clock;
 use crate::config::{Config, Environment, endpoint_name};
 
 const POLL: Duration = Duration::from_secs(1);
-/// Vendors say how long a change takes, not that it never takes longer.
-const BEYOND: Duration = Duration::from_secs(30);
 /// Where nobody watches, a line tells what is waited for this often.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -33,9 +35,11 @@ pub type Printed = (Zeroizing<String>, Option<anyhow::Error>);
 /// A configuration that cannot be used, or a CDN that it does not name.
 pub async fn run(command: &CdnCommand, environment: &Environment) -> anyhow::Result<Printed> {
     match command {
-        CdnCommand::Check { config, cdn, json } => {
+        CdnCommand::Check { config, cdn, wait, json } => {
             let config = Config::load(config.as_deref(), environment, &[])?.config;
-            let (all, wanted) = check_all(&config, cdn.as_deref(), &Told::new(*json)).await?;
+            let (all, wanted) =
+                check_all(&config, cdn.as_deref(), Duration::from_secs((*wait).into()), &Told::new(*json))
+                    .await?;
             let text = match json {
                 true => format!("{}\n", serde_json::to_string_pretty(&report::json(&all))?),
                 false => report::text(&all),
@@ -51,7 +55,45 @@ pub async fn run(command: &CdnCommand, environment: &Environment) -> anyhow::Res
             let at = (Clock::System.now(), Duration::from_secs((*ttl).into()));
             Ok((Zeroizing::new(secrets::token(target, scope, at, environment)?), None))
         }
+        CdnCommand::Deploy { target, function, needs_token } => {
+            let config = loaded(target, environment)?;
+            let text = deploy::deploy(&config, &target.cdn, function, *needs_token).await?;
+            Ok((Zeroizing::new(text), None))
+        }
+        #[cfg(feature = "cdn-cloudfront")]
+        CdnCommand::Sign { target, what, ttl } => {
+            let config = loaded(target, environment)?;
+            let front = cloudfront_of(&config, &target.cdn)?;
+            let ttl = Duration::from_secs((*ttl).into());
+            let text = signer::sign(&front, what, ttl, &Clock::System);
+            Ok((text.with_context(|| format!("CDN {}", target.cdn))?, None))
+        }
+        #[cfg(feature = "cdn-cloudfront")]
+        CdnCommand::RotateSigner { target, wait, status } => {
+            let config = loaded(target, environment)?;
+            let front = cloudfront_of(&config, &target.cdn)?;
+            let told = Told::new(false);
+            let text = match status {
+                true => signer::status(&front).await,
+                false => signer::rotate(&front, *wait, &Clock::System, &|line| told.tell(line)).await,
+            };
+            told.end();
+            Ok((Zeroizing::new(text.with_context(|| format!("CDN {}", target.cdn))?), None))
+        }
+        #[cfg(not(feature = "cdn-cloudfront"))]
+        CdnCommand::Sign { .. } | CdnCommand::RotateSigner { .. } => {
+            bail!("this build is without CloudFront: build with the feature cdn-cloudfront")
+        }
     }
+}
+
+fn loaded(target: &CdnTarget, environment: &Environment) -> anyhow::Result<Config> {
+    Ok(Config::load(target.config.as_deref(), environment, &[])?.config)
+}
+
+#[cfg(feature = "cdn-cloudfront")]
+fn cloudfront_of(config: &Config, name: &str) -> anyhow::Result<crate::cdn::CloudFront> {
+    super::cloudfront(config, super::find(config, name)?)
 }
 
 /// Not on standard output, which goes to wherever the secrets go.
@@ -67,13 +109,14 @@ fn warn(cdn: &str) {
 async fn check_all(
     config: &Config,
     only: Option<&str>,
+    beyond: Duration,
     told: &Told,
 ) -> anyhow::Result<(Vec<Checked>, usize)> {
     let connected = connected(config, only)?;
     let wanted = connected.len();
     let (stop, stopped) = watch::channel(false);
     let tell = |line: &str| told.tell(line);
-    let waiting = Waiting { poll: POLL, beyond: BEYOND, stopped, tell: &tell };
+    let waiting = Waiting { poll: POLL, beyond, stopped, tell: &tell };
     let work = async {
         let mut all = Vec::with_capacity(wanted);
         for Connected { name, kind, mode, cdn } in connected {

@@ -3,12 +3,12 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use zeroize::Zeroizing;
 
-use super::{CdnTarget, TokenFor, edge_secret, find};
+use super::{CdnTarget, TokenFor, find, secret_of};
 use crate::config::{Config, Environment};
-use crate::keys::{EdgeSecret, Timestamp, TokenScope, viewer_token};
+use crate::keys::{Timestamp, TokenScope, viewer_token};
 
 /// What the code at the edge is given, a line each, by the names that it reads them under.
 ///
@@ -16,7 +16,7 @@ use crate::keys::{EdgeSecret, Timestamp, TokenScope, viewer_token};
 /// A configuration that cannot be used, a CDN that is not in it or has no edge secret.
 pub fn secrets(target: &CdnTarget, environment: &Environment) -> anyhow::Result<Zeroizing<String>> {
     let config = Config::load(target.config.as_deref(), environment, &[])?.config;
-    let secret = secret_of(&config, &target.cdn)?;
+    let secret = secret_of(find(&config, &target.cdn)?)?;
     // Long enough for all of it: what grows would leave a copy behind.
     let mut out = Zeroizing::new(String::with_capacity(512));
     for (name, value) in [
@@ -45,21 +45,14 @@ pub fn token(
         None => TokenScope::AllStreams,
     };
     let config = Config::load(target.config.as_deref(), environment, &[])?.config;
-    let secret = secret_of(&config, &target.cdn)?;
+    let secret = secret_of(find(&config, &target.cdn)?)?;
     Ok(format!("{}\n", viewer_token(&secret, &scope, now.plus(ttl))))
-}
-
-fn secret_of(config: &Config, name: &str) -> anyhow::Result<EdgeSecret> {
-    let cdn = find(config, name)?;
-    let secret = edge_secret(cdn).with_context(|| format!("CDN {name}"))?;
-    secret.ok_or_else(|| {
-        anyhow!("CDN {name} has no edge secret: give its entry an edge_secret_file, or set cdn.edge_secret")
-    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keys::EdgeSecret;
 
     const SECRET: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 

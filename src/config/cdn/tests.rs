@@ -76,7 +76,8 @@ fn push_mode_needs_a_secret_and_where_keys_are_stored() {
     let with_secret = "mode = \"push\"\nedge_secret_file = \"edge.secret\"";
     let missing = |kind, table, named: &str| refused(&entry_of(kind, with_secret, table), named, "push mode");
     missing("cloudflare", "zone_id = \"0a1b\"\naccount_id = \"0c\"", "cdns[0].cloudflare.namespace_id");
-    missing("fastly", "service_id = \"SU1Z\"", "cdns[0].fastly.dictionary_id");
+    // Fastly's comes by a deployment, which needs a configuration.
+    assert_eq!(one(&entry_of("fastly", with_secret, "service_id = \"SU1Z\"")).mode, DeliveryMode::Push);
     let api = "api_url = \"https://api.example\"";
     refused(&entry_of("custom", "mode = \"push\"", api), "cdns[0].edge_secret_file", "openssl rand -hex 32");
 

@@ -22,7 +22,7 @@ impl Entry<'_> {
             "cloudflare" => {
                 self.cloudflare(self.table(self.raw.cloudflare.as_ref())?, mode).map(CdnVendor::Cloudflare)
             }
-            "fastly" => self.fastly(self.table(self.raw.fastly.as_ref())?, mode).map(CdnVendor::Fastly),
+            "fastly" => self.fastly(self.table(self.raw.fastly.as_ref())?).map(CdnVendor::Fastly),
             "custom" => self.custom(self.table(self.raw.custom.as_ref())?).map(CdnVendor::Custom),
             known if KINDS.contains(&known) => {
                 let why = format!("this build is without it: build with the feature cdn-{known}");
@@ -63,7 +63,7 @@ impl Entry<'_> {
         })
     }
 
-    fn fastly(&self, raw: &RawFastly, mode: DeliveryMode) -> Result<FastlySettings, ConfigError> {
+    fn fastly(&self, raw: &RawFastly) -> Result<FastlySettings, ConfigError> {
         let Some(token) = self.token(&self.rules.fastly_api_token) else {
             let why = "must be given, or the variable FASTLY_API_TOKEN: an API token of Fastly";
             return Err(entry(&self.at("token_file"), why));
@@ -71,7 +71,11 @@ impl Entry<'_> {
         Ok(FastlySettings {
             api_url: self.api_url("fastly.api_url", &raw.api_url)?,
             service_id: self.id("fastly.service_id", &raw.service_id)?,
-            dictionary_id: self.stored_in("fastly.dictionary_id", &raw.dictionary_id, mode)?,
+            // Push mode needs one, and `keyshield cdn deploy`, which makes it, needs this configuration.
+            dictionary_id: match raw.dictionary_id.as_str() {
+                "" => String::new(),
+                id => self.id("fastly.dictionary_id", id)?,
+            },
             token,
             timeout: self.timeout,
         })
