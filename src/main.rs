@@ -96,9 +96,9 @@ enum Command {
         #[command(subcommand)]
         command: KmsCommand,
     },
-    /// The CDNs of a configuration: try them, and what their edges and viewers are given
+    /// CDNs: try those of a configuration, see how those of a running shield are
     #[command(
-        after_help = "Examples:\n  keyshield cdn check --config keyshield.toml\n  keyshield cdn secrets --config keyshield.toml --cdn edge-a\n\nSee docs/cdn.md."
+        after_help = "Examples:\n  keyshield cdn check --config keyshield.toml\n  keyshield cdn secrets --config keyshield.toml --cdn edge-a\n  keyshield cdn status\n\nSee docs/cdn.md."
     )]
     Cdn {
         #[command(subcommand)]

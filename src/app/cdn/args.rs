@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
+use crate::app::remote::RemoteArgs;
+
 /// Which configuration, and which of its CDNs.
 #[derive(Debug, Args)]
 pub struct CdnTarget {
@@ -41,6 +43,23 @@ pub struct SignedWhat {
 
 #[derive(Debug, Subcommand)]
 pub enum CdnCommand {
+    /// How a running shield's CDNs are, by its control API
+    #[command(after_help = "Example:\n  keyshield cdn status --control http://127.0.0.1:8081")]
+    Status {
+        #[command(flatten)]
+        remote: RemoteArgs,
+    },
+    /// Revocations of a running shield, and how far each CDN is with letting go of the keys
+    #[command(
+        after_help = "Examples:\n  keyshield cdn incidents\n  keyshield cdn incidents 0199b2c3d4e5f60718293a4b5c6d7e8f"
+    )]
+    Incidents {
+        #[command(flatten)]
+        remote: RemoteArgs,
+        /// Only this one, CDN by CDN
+        #[arg(value_name = "INCIDENT-ID")]
+        incident: Option<String>,
+    },
     /// Try each CDN end to end with a throw-away key, and say what is missing
     #[command(
         after_help = "Examples:\n  keyshield cdn check --config keyshield.toml\n  keyshield cdn check --config keyshield.toml --cdn edge-a --json\n\nIt stores a random key, asks the edge for it as a player would, and deletes it. The shield must be running for CDNs in pull mode."

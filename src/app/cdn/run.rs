@@ -1,4 +1,4 @@
-//! Carries the `cdn` commands out that work on a configuration.
+//! Carries the `cdn` commands out: those that work on a configuration, and those that ask a running shield.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
@@ -18,6 +18,7 @@ use super::report::{self, Checked};
 #[cfg(feature = "cdn-cloudfront")]
 use super::signer;
 use super::{connect, deploy, plain, secrets};
+use crate::app::remote;
 use crate::cdn::{DeliveryMode, NamedCdn};
 use crate::clock::Clock;
 use crate::config::{Config, Environment, endpoint_name};
@@ -35,6 +36,10 @@ pub type Printed = (Zeroizing<String>, Option<anyhow::Error>);
 /// A configuration that cannot be used, or a CDN that it does not name.
 pub async fn run(command: &CdnCommand, environment: &Environment) -> anyhow::Result<Printed> {
     match command {
+        CdnCommand::Status { remote } => Ok((Zeroizing::new(remote::cdns(remote).await?), None)),
+        CdnCommand::Incidents { remote, incident } => {
+            Ok((Zeroizing::new(remote::incidents(remote, incident.as_deref()).await?), None))
+        }
         CdnCommand::Check { config, cdn, wait, json } => {
             let config = Config::load(config.as_deref(), environment, &[])?.config;
             let (all, wanted) =

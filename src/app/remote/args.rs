@@ -97,7 +97,7 @@ pub enum KeysCommand {
     /// Go over to the next key now
     Rotate(Target),
     /// Take a stream's keys back at once: viewers go on under the next key
-    #[command(after_help = "Example:\n  keyshield keys revoke ch1 --reason \"key found on a forum\"")]
+    #[command(after_help = "Example:\n  keyshield keys revoke ch1 --reason \"key found on a forum\" --wait\n\nWithout --wait it answers at once; keyshield cdn incidents says how far CDNs are.")]
     Revoke {
         #[command(flatten)]
         target: Target,
@@ -107,6 +107,9 @@ pub enum KeysCommand {
         /// Only this key, and not all that are in use
         #[arg(long, value_name = "KEY-ID")]
         key: Option<String>,
+        /// Wait until no CDN gives out the keys, or what was encrypted under them
+        #[arg(long)]
+        wait: bool,
     },
 }
 

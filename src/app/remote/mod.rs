@@ -1,14 +1,16 @@
-//! `keyshield streams …`, `keyshield keys …` and `keyshield kms …`: the control API from the command line.
+//! `keyshield streams …`, `keyshield keys …`, `keyshield kms …` and `keyshield cdn status`: the control API from the command line.
 //!
 //! Each command is one call (lists follow their pages). What comes back is shown as a table, or as the API's own
 //! JSON with `--json`. Deliberately absent: any knowledge of the engine; a shield elsewhere is as good as one here.
 
 mod args;
+mod cdns;
 mod client;
 mod kms;
 mod tables;
 
 pub use args::{KeysCommand, KmsCommand, RemoteArgs, StreamsCommand};
+pub use cdns::{cdns, incidents};
 pub use kms::kms;
 
 use anyhow::Context;
@@ -79,13 +81,17 @@ pub async fn keys(args: &RemoteArgs, command: &KeysCommand) -> anyhow::Result<St
         KeysCommand::Rotate(Target { stream }) => {
             (client.call(Method::POST, &path(stream, "/rotate"), None).await?, tables::rotation_done)
         }
-        KeysCommand::Revoke { target, reason, key } => {
+        KeysCommand::Revoke { target, reason, key, wait } => {
             let mut body = Map::from_iter([("reason".to_owned(), json!(reason))]);
             if let Some(key) = key {
                 body.insert("keyId".into(), json!(key));
             }
             let path = path(&target.stream, "/emergency-revoke");
-            (client.call(Method::POST, &path, Some(body.into())).await?, tables::revocation_done)
+            let mut done = client.call(Method::POST, &path, Some(body.into())).await?;
+            if *wait {
+                done["incident"] = cdns::follow(&client, &done).await?;
+            }
+            (done, tables::revocation_done)
         }
     };
     show_or_json(args, &answer, show)

@@ -87,12 +87,16 @@ pub(super) fn stream(answer: &Value) -> String {
 }
 
 pub(super) fn rotation_done(answer: &Value) -> String {
-    let lines = [
+    let mut lines = vec![
         ("stream", text(&answer["streamId"])),
         ("key", key_line(&answer["key"])),
         ("in place of", key_line(&answer["previousKey"])),
         ("CDNs", text(&answer["cdnSync"]["status"])),
     ];
+    lines.extend(rows(&answer["cdnSync"], "endpoints").map(|cdn| {
+        let error = cdn["error"].as_str().map(|error| format!(": {error}")).unwrap_or_default();
+        ("", format!("{} {}{error}", text(&cdn["endpoint"]), text(&cdn["status"])))
+    }));
     table(&[], lines.into_iter().map(|(name, value)| vec![name.into(), value]))
 }
 
@@ -108,7 +112,11 @@ pub(super) fn revocation_done(answer: &Value) -> String {
         "transition",
         format!("{} s for players that hold an older playlist", text(&answer["transition"])),
     ));
-    lines.push(("CDNs", text(&answer["cdnSync"]["status"])));
+    match &answer["incident"] {
+        Value::Null => lines.push(("CDNs", text(&answer["cdnSync"]["status"]))),
+        incident => lines.push(("CDNs", format!("complete at {}", text(&incident["completedAt"])))),
+    }
+    lines.push(("incident", text(&answer["incidentId"])));
     table(&[], lines.into_iter().map(|(name, value)| vec![name.into(), value]))
 }
 
@@ -163,11 +171,11 @@ pub(super) fn fields(answer: &Value) -> String {
     table(&[], fields.map(|(name, value)| vec![name.clone(), text(value)]))
 }
 
-fn rows<'a>(answer: &'a Value, name: &str) -> impl Iterator<Item = &'a Value> {
+pub(super) fn rows<'a>(answer: &'a Value, name: &str) -> impl Iterator<Item = &'a Value> {
     answer[name].as_array().into_iter().flatten()
 }
 
-fn text(value: &Value) -> String {
+pub(super) fn text(value: &Value) -> String {
     match value {
         Value::Null => "-".into(),
         Value::String(text) => text.clone(),
@@ -178,7 +186,7 @@ fn text(value: &Value) -> String {
 }
 
 /// Columns without lines between them: what `awk` and people both read.
-fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
+pub(super) fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     if !header.is_empty() {
@@ -276,11 +284,12 @@ aws:b    -        1          no: name its provider in kms.also
         let answer = json!({
             "streamId": "ch1", "reason": "leaked", "revokedBy": "sec", "revokedAt": "T", "transition": 12,
             "revokedKeys": [key(3, "compromised"), key(4, "compromised")], "successorKey": key(5, "active"),
-            "cdnSync": { "status": "disabled" },
+            "cdnSync": { "status": "disabled" }, "incidentId": "1d",
         });
         let shown = revocation_done(&answer);
         assert_eq!(shown.lines().filter(|line| line.starts_with("revoked ")).count(), 2, "{shown}");
         let successor = format!("successor   5 ({}), active, promoted T", "ab".repeat(16));
         assert!(shown.contains(&successor), "{shown}");
+        assert!(shown.contains("CDNs        disabled\nincident    1d\n"), "{shown}");
     }
 }
