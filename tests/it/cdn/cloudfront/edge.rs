@@ -1,14 +1,19 @@
 //! The function as it is shipped, over the store that the connector fills: `tests/edge/function.mjs` runs it in what
 //! CloudFront's language has, and holds its answers to CloudFront's rules.
 
+use std::io::Write;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use keyshield::cdn::{Cdn, CloudFront, CloudFrontEdgeCode, DeliveryMode, KeySeen, cloudfront_edge_code};
 use keyshield::keys::{
     CONTENT_SECRET_LEN, CheckValue, ContentKey, ContentSecrets, EDGE_NONCE_LEN, EdgeSecret, KeyId, KeyMethod,
     SealedKey, StreamId, Timestamp, TokenScope, seal_for_edge, viewer_token,
 };
+use parking_lot::Mutex;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -16,6 +21,7 @@ use super::wires::{KEY_PATH, Wire, connector, connector_with, edge, run};
 use crate::daemon::Daemon;
 use crate::harness::{Answer, agent, ask, free_port, repository};
 use crate::origin::{self, Origin};
+use crate::sessions::{contains, spellings};
 
 const SECRET: &str = "5f1c9f0e2d3b4a5968778695a4b3c2d1e0f00112233445566778899aabbccdde";
 
@@ -302,7 +308,51 @@ fn neither_the_store_nor_its_listing_shows_a_key() {
     front.put(KeyMethod::Aes256, 1);
     let listed = front.wire.stored(&front.arn, "/keys").to_string();
     assert!(listed.contains(&id(1).to_string()), "{listed}");
-    for (spelling, needle) in crate::sessions::spellings(content(KeyMethod::Aes256, 1).expose()) {
-        assert!(!crate::sessions::contains(listed.as_bytes(), &needle), "{spelling}");
+    for (spelling, needle) in spellings(content(KeyMethod::Aes256, 1).expose()) {
+        assert!(!contains(listed.as_bytes(), &needle), "{spelling}");
+    }
+}
+
+/// What is logged, kept.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn no_level_of_logging_shows_what_the_function_opens_keys_with() {
+    let wire = Wire::ministack();
+    let arn = wire.make_store("keys");
+    let (log, cdn) = (Log::default(), connector(wire.settings_on(&arn), DeliveryMode::Push));
+    let writer = log.clone();
+    let everything = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::TRACE)
+        .with_writer(move || writer.clone())
+        .finish();
+    let code = cloudfront_edge_code(&secret(), KEY_PATH, true);
+    tracing::subscriber::with_default(everything, || {
+        run(async {
+            assert!(cdn.deploy("keyshield", &code).await.unwrap());
+            assert!(cdn.deploy("keyshield", &code.replace("'private, ", "'private,  ")).await.unwrap());
+            assert!(cdn.deploy("keyshield", &code).await.unwrap());
+        });
+    });
+    let logged = log.0.lock();
+    assert!(contains(&logged, b"/2020-05-31/function/keyshield"), "the SDK's other requests are logged");
+    for key in [secret().encryption_key(), secret().mac_key(), secret().token_key()] {
+        assert!(!contains(&logged, key.as_bytes()), "a key is logged");
+        // The code travels in base64: where in it a key begins is one of three places.
+        for shift in 0..3 {
+            let within = STANDARD.encode(&key.as_bytes()[shift..]);
+            assert!(!contains(&logged, &within.as_bytes()[..60]), "a key is logged in base64");
+        }
     }
 }
