@@ -142,7 +142,9 @@ async fn route(cdn: &NamedCdn, unknown: KeyId) -> Step {
             DeliveryMode::Pull => {
                 Step::ok(NAME, "a key that is not there is missed by the shield, through the CDN")
             }
-            DeliveryMode::Push => Step::ok(NAME, "a key that is not there is missed at the edge"),
+            DeliveryMode::Push => {
+                Step::ok(NAME, "a key that is not there is missed at the edge, or by the shield behind it")
+            }
         },
         Ok(KeySeen::Has(_) | KeySeen::Gone) => {
             let why = format!("the edge claims to know key {unknown}, which was never there");
