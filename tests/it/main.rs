@@ -46,5 +46,6 @@ mod sessions;
 #[cfg(any(feature = "faults", all(feature = "kms-aws", feature = "kms-vault")))]
 mod sqlite;
 mod store;
+mod store_deliveries;
 mod watch;
 mod wire;
