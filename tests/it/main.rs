@@ -4,6 +4,7 @@
 //! its own process ID. `scripts/bootstrap.sh test` installs what these tests call.
 
 mod cdn;
+mod cdn_api;
 mod cli;
 mod control_api;
 mod corpus;
@@ -16,6 +17,7 @@ mod fleet;
 mod fleet_origin;
 mod golden;
 mod harness;
+mod hook;
 mod kinds;
 mod kms;
 #[cfg(feature = "kms-vault")]
