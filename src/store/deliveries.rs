@@ -16,6 +16,8 @@ use crate::keys::{KeyId, Ordinal, StreamId, Timestamp};
 /// How far the delivery of a key to a CDN is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeliveryState {
+    /// It is on its way: the CDN may have it, or not.
+    Sending,
     /// The CDN has taken it; its edge has not shown it yet.
     Stored,
     /// The edge has shown its check value.
@@ -25,13 +27,15 @@ pub enum DeliveryState {
 impl DeliveryState {
     pub fn name(self) -> &'static str {
         match self {
+            DeliveryState::Sending => "sending",
             DeliveryState::Stored => "stored",
             DeliveryState::Verified => "verified",
         }
     }
 
     fn from_name(name: &str) -> Option<Self> {
-        [DeliveryState::Stored, DeliveryState::Verified].into_iter().find(|state| state.name() == name)
+        let all = [DeliveryState::Sending, DeliveryState::Stored, DeliveryState::Verified];
+        all.into_iter().find(|state| state.name() == name)
     }
 }
 

@@ -185,7 +185,11 @@ fn incidents_are_listed_by_their_age_and_found_by_their_ids() {
         assert_eq!(site.ask("", path).status, 401, "{path}");
     }
     for path in ["/api/hls/incidents", &format!("/api/hls/incidents/{}", "0".repeat(32))] {
-        assert_eq!(site.ask("viewer", path).status, 403, "a viewer is not told who took keys back, and why: {path}");
+        assert_eq!(
+            site.ask("viewer", path).status,
+            403,
+            "a viewer is not told who took keys back, and why: {path}"
+        );
     }
 }
 

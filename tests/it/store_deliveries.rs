@@ -103,7 +103,7 @@ fn at_cdn(cdn: &str, state: PurgeState, at: Timestamp) -> IncidentCdnRow {
 async fn what_a_cdn_has_is_noted_once_and_may_change(database: Database) {
     let store = database.open().await;
     store.put_deliveries(&[]).await.unwrap();
-    let first = [delivery("a", 1, DeliveryState::Stored), delivery("b", 1, DeliveryState::Stored)];
+    let first = [delivery("a", 1, DeliveryState::Sending), delivery("b", 1, DeliveryState::Stored)];
     store.put_deliveries(&first).await.unwrap();
     store.put_deliveries(&first).await.unwrap();
     let of_key = async || store.deliveries_of(KeyId::from_bytes([1; 16])).await.unwrap();

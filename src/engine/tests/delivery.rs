@@ -23,6 +23,8 @@ struct Fake {
     purges: Mutex<Vec<Purge>>,
     /// Every call fails.
     is_away: Mutex<bool>,
+    /// It takes keys, and its answer is lost.
+    is_mute: Mutex<bool>,
     /// So many looks at its caches still find something.
     still_cached: Mutex<u32>,
 }
@@ -63,7 +65,10 @@ impl Cdn for Fake {
         self.call("put")?;
         assert!(keys.len() <= 3, "more than the vendor takes");
         self.store.lock().extend(keys.iter().map(|key| (key.key, key.clone())));
-        Ok(())
+        match *self.is_mute.lock() {
+            true => Err(CdnError::new(CdnFault::Away, "put: no answer")),
+            false => Ok(()),
+        }
     }
 
     async fn delete_keys(&self, keys: &[KeyId]) -> Result<(), CdnError> {
@@ -235,6 +240,31 @@ async fn a_key_that_is_destroyed_is_taken_out_of_the_edge() {
     })
     .await;
     until(async || node.in_sync(0).await).await;
+}
+
+#[tokio::test]
+async fn a_key_that_a_cdn_took_without_an_answer_goes_with_its_stream() {
+    let (dir, cdns) = (tempfile::tempdir().unwrap(), Cdns::new(1));
+    let node = cdns.node(dir.path(), Clock::manual(START), |_| {}).await;
+    until(async || node.in_sync(0).await).await;
+    let held = || cdns.0[0].store.lock().len();
+    assert_eq!(held(), 4);
+    *cdns.0[0].is_mute.lock() = true;
+    let brief = StreamSpec {
+        id: "ch2".parse().unwrap(),
+        playlist_url: "https://origin.example/two/master.m3u8".into(),
+        prefix: "/two/".into(),
+        playlist_path: "/two/master.m3u8".into(),
+        cdn_sync_enabled: true,
+        ..spec()
+    };
+    node.operator.initialize(brief.clone(), "ops").await.unwrap();
+    until(async || held() > 4).await;
+    let status = node.operator.cdns().await.unwrap().remove(0);
+    assert_eq!((status.keys.verified, status.keys.stored), (4, 0), "nobody knows whether it has the others");
+    node.operator.delete(&brief.id, "ops").await.unwrap();
+    *cdns.0[0].is_mute.lock() = false;
+    until(async || held() == 4 && node.in_sync(0).await).await;
 }
 
 #[tokio::test]
