@@ -202,9 +202,9 @@ pub(super) fn names_etag(if_none_match: &str, etag: &str) -> bool {
     if_none_match.split(',').any(|tag| names(tag.trim()))
 }
 
-/// More keys than this are not named in tags: headers have their limits (16 KiB at the CDNs, less elsewhere).
+/// More keys than this are not named in tags: CloudFront reads 50 tags, the stream's among them, and headers have their limits.
 /// A playlist of so many keys is purged by its stream's tag.
-const MAX_KEY_TAGS: usize = 50;
+const MAX_KEY_TAGS: usize = 49;
 
 /// The tag headers of an answer that belongs to a stream and to keys.
 pub(super) fn tags(stream: &StreamId, keys: &[KeyId]) -> [(HeaderName, String); 2] {

@@ -8,7 +8,7 @@ use sqlx::any::AnyRow;
 use sqlx::{AssertSqlSafe, Row};
 
 use super::StoreError;
-use super::open::{Store, bounded, repeated};
+use super::open::{Store, bounded, commit, repeated};
 use super::rows::{self, named, optional_time, parsed, time, unsigned};
 use crate::fault;
 use crate::keys::{KeyId, Ordinal, StreamId, Timestamp};
@@ -16,6 +16,8 @@ use crate::keys::{KeyId, Ordinal, StreamId, Timestamp};
 /// How far the delivery of a key to a CDN is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeliveryState {
+    /// It is on its way: the CDN may have it, or not.
+    Sending,
     /// The CDN has taken it; its edge has not shown it yet.
     Stored,
     /// The edge has shown its check value.
@@ -25,13 +27,15 @@ pub enum DeliveryState {
 impl DeliveryState {
     pub fn name(self) -> &'static str {
         match self {
+            DeliveryState::Sending => "sending",
             DeliveryState::Stored => "stored",
             DeliveryState::Verified => "verified",
         }
     }
 
     fn from_name(name: &str) -> Option<Self> {
-        [DeliveryState::Stored, DeliveryState::Verified].into_iter().find(|state| state.name() == name)
+        let all = [DeliveryState::Sending, DeliveryState::Stored, DeliveryState::Verified];
+        all.into_iter().find(|state| state.name() == name)
     }
 }
 
@@ -169,6 +173,25 @@ impl Store {
             sqlx::query(sql).bind(&keys).bind(cdn).execute(&self.pool).await?;
             fault::point("drop deliveries: dropped");
             Ok(())
+        })
+        .await
+    }
+
+    /// Forgets what a CDN has of all keys, if these were sealed under another secret than this one; whether they were.
+    pub async fn seal_under(&self, cdn: &str, fingerprint: &str, now: Timestamp) -> Result<bool, StoreError> {
+        repeated(|| async {
+            let mut tx = self.begin().await?;
+            let sql = "INSERT INTO cdns (name, failures, sealed_under, updated_at) VALUES ($1, 0, $2, $3)
+                       ON CONFLICT (name) DO UPDATE SET sealed_under = excluded.sealed_under
+                       WHERE cdns.sealed_under IS NULL OR cdns.sealed_under <> excluded.sealed_under";
+            let query = sqlx::query(sql).bind(cdn).bind(fingerprint).bind(now.as_unix_millis());
+            let is_new = query.execute(&mut *tx).await?.rows_affected() > 0;
+            if is_new {
+                let sql = "DELETE FROM deliveries WHERE cdn = $1";
+                sqlx::query(sql).bind(cdn).execute(&mut *tx).await?;
+            }
+            commit(tx, "seal under: before the commit", "seal under: noted").await?;
+            Ok(is_new)
         })
         .await
     }

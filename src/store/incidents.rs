@@ -218,16 +218,20 @@ impl Store {
 
     /// Stores an incident in the transaction of its revocation, if that took any key back. Returns whether it did.
     pub(super) async fn put_incident(&self, tx: &mut Tx, row: &NewIncident) -> Result<bool, StoreError> {
-        let first = row.keys.first().map(KeyId::to_string).unwrap_or_default();
-        let sql = "INSERT INTO incidents (id, stream_id, reason, actor, revoked_at, transition_until, successor_id,
-                                          key_ids, paths, completed_at)
-                   SELECT $1, $2, $3, $4, $5, $6,
-                          (SELECT s.id FROM content_keys AS s WHERE s.stream_id = $2 AND s.ordinal = $7), $8, $9,
-                          CAST($10 AS BIGINT)
-                   WHERE EXISTS (SELECT 1 FROM content_keys AS k
-                                 WHERE k.id = $11 AND k.compromised_at = $5 AND k.revoked_by = $4)";
+        // Any of them: another node may have taken some back a moment before.
+        let sql = super::dialect::both!(
+            self.dialect,
+            "INSERT INTO incidents (key_ids, id, stream_id, reason, actor, revoked_at, transition_until, successor_id,
+                                    paths, completed_at)
+             SELECT $1, $2, $3, $4, $5, $6, $7,
+                    (SELECT s.id FROM content_keys AS s WHERE s.stream_id = $3 AND s.ordinal = $8), $9,
+                    CAST($10 AS BIGINT)
+             WHERE EXISTS (SELECT 1 FROM content_keys AS k
+                           WHERE k.id IN (" ids ") AND k.compromised_at = $6 AND k.revoked_by = $5)"
+        );
         fault::point("incident: before");
         let query = sqlx::query(sql)
+            .bind(json(&row.keys.iter().map(KeyId::to_string).collect::<Vec<_>>()))
             .bind(row.id.to_string())
             .bind(row.stream.as_str())
             .bind(&row.reason)
@@ -235,10 +239,8 @@ impl Store {
             .bind(row.revoked_at.as_unix_millis())
             .bind(row.transition_until.as_unix_millis())
             .bind(i64::from(row.successor.0))
-            .bind(json(&row.keys.iter().map(KeyId::to_string).collect::<Vec<_>>()))
             .bind(json(&row.paths))
-            .bind(row.cdns.is_empty().then(|| row.revoked_at.as_unix_millis()))
-            .bind(first);
+            .bind(row.cdns.is_empty().then(|| row.revoked_at.as_unix_millis()));
         if query.execute(&mut **tx).await?.rows_affected() == 0 {
             return Ok(false);
         }

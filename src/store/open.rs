@@ -266,9 +266,15 @@ mod tests {
 
     #[test]
     fn both_databases_have_the_same_tables() {
-        let sqlite = include_str!("migrations/sqlite/0001_streams_and_keys.sql");
-        let postgres = include_str!("migrations/postgres/0001_streams_and_keys.sql");
-        assert_eq!(sqlite.replace("BLOB  ", "BYTEA "), postgres);
+        let check = |sqlite: &str, postgres: &str| assert_eq!(sqlite.replace("BLOB  ", "BYTEA "), postgres);
+        check(
+            include_str!("migrations/sqlite/0001_streams_and_keys.sql"),
+            include_str!("migrations/postgres/0001_streams_and_keys.sql"),
+        );
+        check(
+            include_str!("migrations/sqlite/0002_deliveries_and_incidents.sql"),
+            include_str!("migrations/postgres/0002_deliveries_and_incidents.sql"),
+        );
     }
 
     #[tokio::test]

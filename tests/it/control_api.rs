@@ -54,9 +54,9 @@ fn config(origin: &Origin) -> String {
 
 #[derive(Debug)]
 pub(crate) struct Got {
-    status: u16,
+    pub(crate) status: u16,
     location: Option<String>,
-    body: Value,
+    pub(crate) body: Value,
 }
 
 impl Got {

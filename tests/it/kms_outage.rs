@@ -3,63 +3,21 @@
 //! The KMS is the real `bao` behind a wire that is cut. Everything that takes minutes in life takes seconds here; the
 //! same in simulated time stands in `engine/tests/deks.rs`.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpListener;
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use serde_json::Value;
 
 use crate::control_api::{call, tokens};
 use crate::harness::{Keys, Running, ask, fetch_segments, get, openssl_decrypt, wait_at_most, wait_for};
+use crate::hook::Receiver;
 use crate::kms::bao::Bao;
 use crate::kms::vault::{documented_policy, folder};
 use crate::origin::{Answer, Origin};
 use crate::wire::Wire;
 
 const LONG: Duration = Duration::from_secs(30);
-
-/// Where alerts are posted to.
-struct Receiver {
-    url: String,
-    notices: Arc<Mutex<Vec<Value>>>,
-}
-
-impl Receiver {
-    fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}/hook/secret-of-the-webhook", listener.local_addr().unwrap());
-        let notices = Arc::<Mutex<Vec<Value>>>::default();
-        let received = Arc::clone(&notices);
-        thread::spawn(move || {
-            for stream in listener.incoming().filter_map(Result::ok) {
-                let mut reader = BufReader::new(&stream);
-                let mut length = 0;
-                for line in reader.by_ref().lines().map_while(Result::ok).take_while(|line| !line.is_empty())
-                {
-                    if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
-                        length = value.trim().parse().unwrap();
-                    }
-                }
-                let mut body = vec![0; length];
-                reader.read_exact(&mut body).unwrap();
-                received.lock().push(serde_json::from_slice(&body).unwrap());
-                let answer = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n";
-                (&stream).write_all(answer).unwrap();
-            }
-        });
-        Self { url, notices }
-    }
-
-    fn has(&self, alert: &str, status: &str) -> Option<Value> {
-        let notices = self.notices.lock();
-        notices.iter().find(|notice| notice["alert"] == alert && notice["status"] == status).cloned()
-    }
-}
 
 fn media(name: &str) -> Vec<u8> {
     name.bytes().cycle().take(20_001).collect()

@@ -4,6 +4,7 @@
 //! its own process ID. `scripts/bootstrap.sh test` installs what these tests call.
 
 mod cdn;
+mod cdn_api;
 mod cdn_cli;
 mod cli;
 mod control_api;
@@ -17,6 +18,7 @@ mod fleet;
 mod fleet_origin;
 mod golden;
 mod harness;
+mod hook;
 mod kinds;
 mod kms;
 #[cfg(feature = "kms-vault")]
@@ -47,5 +49,6 @@ mod sessions;
 #[cfg(any(feature = "faults", all(feature = "kms-aws", feature = "kms-vault")))]
 mod sqlite;
 mod store;
+mod store_deliveries;
 mod watch;
 mod wire;

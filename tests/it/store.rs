@@ -17,43 +17,43 @@ use sqlx::{Connection, Executor, PgConnection};
 use crate::machine::SOON;
 use crate::postgres::Postgres;
 
-const NOW: Timestamp = Timestamp::from_unix_millis(1_700_000_000_000);
+pub(crate) const NOW: Timestamp = Timestamp::from_unix_millis(1_700_000_000_000);
 const RENDITION: &str = "/live/720p.m3u8";
 
-fn later(secs: u64) -> Timestamp {
+pub(crate) fn later(secs: u64) -> Timestamp {
     NOW.plus(Duration::from_secs(secs))
 }
 
 /// A database of its own, and what keeps it there.
-struct Database {
-    location: Location,
+pub(crate) struct Database {
+    pub(crate) location: Location,
     _keep: (Option<tempfile::TempDir>, Option<Arc<Postgres>>),
 }
 
 impl Database {
-    fn sqlite() -> Self {
+    pub(crate) fn sqlite() -> Self {
         let dir = tempfile::tempdir().unwrap();
         Self { location: Location::Sqlite(dir.path().join("store.db")), _keep: (Some(dir), None) }
     }
 
-    fn postgres() -> Self {
+    pub(crate) fn postgres() -> Self {
         let postgres = Postgres::shared();
         Self { location: Location::Postgres(postgres.database()), _keep: (None, Some(postgres)) }
     }
 
-    fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         match &self.location {
             Location::Sqlite(path) => format!("sqlite://{}", path.display()),
             Location::Postgres(url) => url.clone(),
         }
     }
 
-    async fn open(&self) -> Store {
+    pub(crate) async fn open(&self) -> Store {
         Store::open(&self.location, 8).await.unwrap()
     }
 
     /// With stream `ch1` and its DEK.
-    async fn with_stream(&self) -> (Store, StreamId) {
+    pub(crate) async fn with_stream(&self) -> (Store, StreamId) {
         let store = self.open().await;
         let stream = stream("ch1", "/live/");
         assert!(matches!(store.register(&stream).await.unwrap(), Registered::Created(_)));
@@ -73,6 +73,7 @@ macro_rules! conforms {
         }
     };
 }
+pub(crate) use conforms;
 
 conforms!(
     who_comes_second_gets_what_the_first_stored,
@@ -105,7 +106,7 @@ conforms!(
     work_that_waits_for_a_connection_is_no_sign_of_a_store_that_is_away,
 );
 
-fn stream(id: &str, prefix: &str) -> StreamRow {
+pub(crate) fn stream(id: &str, prefix: &str) -> StreamRow {
     StreamRow {
         id: id.parse().unwrap(),
         playlist_url: format!("https://origin.example{prefix}master.m3u8"),
@@ -123,7 +124,7 @@ fn stream(id: &str, prefix: &str) -> StreamRow {
     }
 }
 
-fn dek(n: u8, version: u32) -> DekRow {
+pub(crate) fn dek(n: u8, version: u32) -> DekRow {
     DekRow {
         id: DekId::from_bytes([n; 16]),
         version: DekVersion(version),
@@ -133,7 +134,7 @@ fn dek(n: u8, version: u32) -> DekRow {
     }
 }
 
-fn key(n: u8, ordinal: u32) -> KeyRow {
+pub(crate) fn key(n: u8, ordinal: u32) -> KeyRow {
     KeyRow {
         id: KeyId::from_bytes([n; 16]),
         ordinal: Ordinal(ordinal),
@@ -169,29 +170,29 @@ fn rendition(end: u64, served_secs: u64) -> RenditionRow {
     }
 }
 
-fn writes(stream: &StreamId, ops: Vec<WriteOp>) -> Vec<Write> {
+pub(crate) fn writes(stream: &StreamId, ops: Vec<WriteOp>) -> Vec<Write> {
     ops.into_iter().map(|op| Write { stream: stream.clone(), op }).collect()
 }
 
-async fn apply(store: &Store, stream: &StreamId, op: WriteOp) -> Applied {
+pub(crate) async fn apply(store: &Store, stream: &StreamId, op: WriteOp) -> Applied {
     store.apply(&writes(stream, vec![op])).await.unwrap().0.remove(0)
 }
 
-async fn put(store: &Store, stream: &StreamId, keys: &[KeyRow]) -> Vec<KeyRow> {
+pub(crate) async fn put(store: &Store, stream: &StreamId, keys: &[KeyRow]) -> Vec<KeyRow> {
     match apply(store, stream, WriteOp::PutKeys(keys.to_vec())).await {
         Applied::Keys(keys) => keys,
         other => panic!("{other:?}"),
     }
 }
 
-async fn put_dek(store: &Store, stream: &StreamId, dek: DekRow) -> DekRow {
+pub(crate) async fn put_dek(store: &Store, stream: &StreamId, dek: DekRow) -> DekRow {
     match apply(store, stream, WriteOp::PutDek(dek)).await {
         Applied::Dek(dek) => dek,
         other => panic!("{other:?}"),
     }
 }
 
-fn promote(upto: u32, reason: Reason, at: Timestamp) -> WriteOp {
+pub(crate) fn promote(upto: u32, reason: Reason, at: Timestamp) -> WriteOp {
     WriteOp::Promote { upto: Ordinal(upto), reason, actor: Some("ops".into()), at }
 }
 
@@ -199,7 +200,7 @@ fn destroy(ordinal: u32, unless_named_after: Timestamp) -> WriteOp {
     WriteOp::Destroy { ordinal: Ordinal(ordinal), at: later(900), unless_named_after }
 }
 
-async fn load(store: &Store, stream: &StreamId) -> StoredStream {
+pub(crate) async fn load(store: &Store, stream: &StreamId) -> StoredStream {
     store.load(std::slice::from_ref(stream)).await.unwrap().remove(0)
 }
 

@@ -129,7 +129,14 @@ async fn checked(
 ) -> (BTreeMap<&'static str, Outcome>, Arc<Fake>) {
     let fake = Arc::new(fake);
     let secret = (mode == DeliveryMode::Push).then(secret);
-    let cdn = NamedCdn { name: "a".into(), kind, mode, edge: String::new(), secret, cdn: Arc::<Fake>::clone(&fake) };
+    let cdn = NamedCdn {
+        name: "a".into(),
+        kind,
+        mode,
+        edge: String::new(),
+        secret,
+        cdn: Arc::<Fake>::clone(&fake),
+    };
     let (_stop, stopped) = watch::channel(false);
     let waiting = Waiting {
         poll: Duration::from_secs(1),

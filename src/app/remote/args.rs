@@ -97,7 +97,9 @@ pub enum KeysCommand {
     /// Go over to the next key now
     Rotate(Target),
     /// Take a stream's keys back at once: viewers go on under the next key
-    #[command(after_help = "Example:\n  keyshield keys revoke ch1 --reason \"key found on a forum\" --wait\n\nWithout --wait it answers at once; keyshield cdn incidents says how far CDNs are.")]
+    #[command(
+        after_help = "Example:\n  keyshield keys revoke ch1 --reason \"key found on a forum\" --wait\n\nWithout --wait it answers at once; keyshield cdn incidents says how far CDNs are."
+    )]
     Revoke {
         #[command(flatten)]
         target: Target,

@@ -77,7 +77,17 @@ fn progress(incident: &Value) -> String {
 }
 
 fn cdn_table(answer: &Value) -> String {
-    let names = ["name", "kind", "mode", "status", "keysVerified", "keysStored", "failures", "failingSince", "lastError"];
+    let names = [
+        "name",
+        "kind",
+        "mode",
+        "status",
+        "keysVerified",
+        "keysStored",
+        "failures",
+        "failingSince",
+        "lastError",
+    ];
     let header = ["CDN", "KIND", "MODE", "STATUS", "VERIFIED", "STORED", "FAILURES", "SINCE", "ERROR"];
     table(&header, rows(answer, "cdns").map(|cdn| names.map(|name| text(&cdn[name])).into()))
 }
@@ -95,7 +105,16 @@ fn incident_table(answer: &Value) -> String {
 }
 
 fn incident_shown(incident: &Value) -> String {
-    let names = ["streamId", "reason", "revokedBy", "revokedAt", "revokedKeyIds", "successorKeyId", "status", "completedAt"];
+    let names = [
+        "streamId",
+        "reason",
+        "revokedBy",
+        "revokedAt",
+        "revokedKeyIds",
+        "successorKeyId",
+        "status",
+        "completedAt",
+    ];
     let shown = table(&[], names.map(|name| vec![name.into(), text(&incident[name])]).into_iter());
     let header = ["CDN", "STATUS", "PURGES", "PURGED", "COMPLETE", "ERROR"];
     let names = ["cdn", "status", "purges", "purgedAt", "completedAt", "lastError"];

@@ -243,7 +243,7 @@ mod tests {
             mode: engine::DeliveryMode::Push,
             edge: "https://cdn.example.com/".into(),
             state: engine::SyncState::Degraded,
-            keys: engine::CdnKeys { verified: 3, stored: 1 },
+            keys: engine::CdnKeys { verified: 3, stored: 1, sending: 0 },
             health: engine::CdnHealth {
                 failing_since: Some(at(1_000)),
                 failures: 3,

@@ -2,7 +2,8 @@
 //!
 //! What should be there follows from the streams in memory, what is there from the rows in the store; the lane works
 //! off the difference, in batches, and notes each step when it is done. A step that a crash has swallowed is done again,
-//! which does no harm. Keys that were taken back are left to `purges`.
+//! which does no harm; that a key is on its way is noted before, so that it is taken out of the edge again whatever becomes
+//! of its stream meanwhile. Keys that were taken back are left to `purges`.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -119,6 +120,10 @@ impl Core {
 
     /// Every row of the CDN, and on each key whether this CDN has shown it.
     async fn read_rows(&self, place: &Place) -> Result<HashMap<KeyId, DeliveryRow>, StoreError> {
+        if let Some(secret) = place.cdn.secret.as_ref().filter(|_| place.cdn.mode == DeliveryMode::Push) {
+            // What lies at the edge under another secret does not open there: all of it is delivered anew.
+            self.store.seal_under(&place.cdn.name, &secret.fingerprint(), self.now()).await?;
+        }
         let mut rows = HashMap::new();
         let mut after = None;
         loop {
@@ -147,7 +152,7 @@ impl Core {
             for key in known.keys.values().filter(|key| belongs_at_edges(key.life.state)) {
                 wanted += 1;
                 match rows.get(&key.live.id).map(|row| row.state) {
-                    None => due.put.push(Arc::clone(&key.live)),
+                    None | Some(DeliveryState::Sending) => due.put.push(Arc::clone(&key.live)),
                     Some(DeliveryState::Stored) => {
                         if lane.looks.get(&key.live.id).is_none_or(|(at, _)| *at <= now) {
                             due.verify.push(Arc::clone(&key.live));
@@ -198,31 +203,43 @@ impl Core {
                 if !place.pace.lock().take(Call::Write, Instant::now()) {
                     return Ok(());
                 }
+                self.note_delivery(place, rows, keys, DeliveryState::Sending).await?;
                 fault::point("deliver: before a key is stored at a CDN");
                 let sealed: Vec<_> = keys.iter().filter_map(|key| self.sealed(place, key)).collect();
                 let stored = self.ask(place, "put", place.cdn.cdn.put_keys(&sealed)).await;
                 self.judge_call(place, stored).await?;
                 fault::point("deliver: stored at a CDN, not noted");
             }
-            let now = self.now();
-            let stored: Vec<_> = keys
-                .iter()
-                .map(|key| DeliveryRow {
-                    cdn: place.cdn.name.clone(),
-                    key: key.id,
-                    stream: key.stream.clone(),
-                    ordinal: key.ordinal,
-                    state: DeliveryState::Stored,
-                    last_error: None,
-                    updated_at: now,
-                })
-                .collect();
-            self.store.put_deliveries(&stored).await?;
-            for row in stored {
-                lane.looks.remove(&row.key);
-                rows.insert(row.key, row);
+            self.note_delivery(place, rows, keys, DeliveryState::Stored).await?;
+            for key in keys {
+                lane.looks.remove(&key.id);
             }
         }
+        Ok(())
+    }
+
+    /// Notes how far keys are, those of which it is not known yet.
+    async fn note_delivery(
+        &self,
+        place: &Place,
+        rows: &mut HashMap<KeyId, DeliveryRow>,
+        keys: &[Arc<LiveKey>],
+        state: DeliveryState,
+    ) -> Result<(), StoreError> {
+        let now = self.now();
+        let is_news = |key: &&Arc<LiveKey>| rows.get(&key.id).is_none_or(|row| row.state != state);
+        let row = |key: &Arc<LiveKey>| DeliveryRow {
+            cdn: place.cdn.name.clone(),
+            key: key.id,
+            stream: key.stream.clone(),
+            ordinal: key.ordinal,
+            state,
+            last_error: None,
+            updated_at: now,
+        };
+        let news: Vec<_> = keys.iter().filter(is_news).map(row).collect();
+        self.store.put_deliveries(&news).await?;
+        rows.extend(news.into_iter().map(|row| (row.key, row)));
         Ok(())
     }
 
@@ -354,8 +371,9 @@ impl Core {
     }
 
     fn note_counts(&self, place: &Place, rows: &HashMap<KeyId, DeliveryRow>, due: &Due) {
-        let verified = rows.values().filter(|row| row.state == DeliveryState::Verified).count();
-        let counts = [("verified", verified), ("stored", rows.len() - verified), ("waiting", due.put.len())];
+        let count = |state| rows.values().filter(|row| row.state == state).count();
+        let (verified, stored) = (count(DeliveryState::Verified), count(DeliveryState::Stored));
+        let counts = [("verified", verified), ("stored", stored), ("waiting", due.put.len())];
         for (state, count) in counts {
             let gauge = self.shared.metrics.cdn_keys.with_label_values(&[&place.cdn.name, state]);
             gauge.set(i64::try_from(count).unwrap_or(i64::MAX));

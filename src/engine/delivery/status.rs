@@ -59,6 +59,8 @@ pub struct CdnKeys {
     pub verified: u64,
     /// Taken, and not shown yet.
     pub stored: u64,
+    /// On their way: it may have them.
+    pub sending: u64,
 }
 
 /// What is wrong with a CDN.
@@ -167,6 +169,7 @@ impl Operator {
             match state {
                 DeliveryState::Verified => of.verified = count,
                 DeliveryState::Stored => of.stored = count,
+                DeliveryState::Sending => of.sending = count,
             }
         }
         let states = self.cdn_states().await?;
@@ -177,7 +180,7 @@ impl Operator {
             let health = states.get(name).map(health_of).unwrap_or_default();
             let state = if self.is_degraded(&health) {
                 SyncState::Degraded
-            } else if keys.stored > 0 || keys.verified != wanted {
+            } else if keys.stored + keys.sending > 0 || keys.verified != wanted {
                 SyncState::Syncing
             } else {
                 SyncState::InSync

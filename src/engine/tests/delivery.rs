@@ -23,6 +23,8 @@ struct Fake {
     purges: Mutex<Vec<Purge>>,
     /// Every call fails.
     is_away: Mutex<bool>,
+    /// It takes keys, and its answer is lost.
+    is_mute: Mutex<bool>,
     /// So many looks at its caches still find something.
     still_cached: Mutex<u32>,
 }
@@ -63,7 +65,10 @@ impl Cdn for Fake {
         self.call("put")?;
         assert!(keys.len() <= 3, "more than the vendor takes");
         self.store.lock().extend(keys.iter().map(|key| (key.key, key.clone())));
-        Ok(())
+        match *self.is_mute.lock() {
+            true => Err(CdnError::new(CdnFault::Away, "put: no answer")),
+            false => Ok(()),
+        }
     }
 
     async fn delete_keys(&self, keys: &[KeyId]) -> Result<(), CdnError> {
@@ -75,7 +80,9 @@ impl Cdn for Fake {
     async fn verify(&self, key: KeyId) -> Result<KeySeen, CdnError> {
         self.call("verify")?;
         let Some(sealed) = self.store.lock().get(&key).cloned() else { return Ok(KeySeen::Missing) };
-        let (_, bytes) = open_at_edge(&SECRET.parse().unwrap(), &sealed).unwrap();
+        let Ok((_, bytes)) = open_at_edge(&SECRET.parse().unwrap(), &sealed) else {
+            return Ok(KeySeen::Missing);
+        };
         let mut random = [0; CONTENT_SECRET_LEN];
         random[..bytes.len()].copy_from_slice(&bytes);
         let content = ContentSecrets::from_random(KeyMethod::Aes128, &random).content;
@@ -100,11 +107,12 @@ impl Cdn for Fake {
     }
 }
 
-struct Cdns(Vec<Arc<Fake>>);
+/// And the secret of their edges.
+struct Cdns(Vec<Arc<Fake>>, String);
 
 impl Cdns {
     fn new(count: usize) -> Self {
-        Self((0..count).map(|_| Arc::default()).collect())
+        Self((0..count).map(|_| Arc::default()).collect(), SECRET.to_owned())
     }
 
     fn named(&self) -> Vec<NamedCdn> {
@@ -113,7 +121,7 @@ impl Cdns {
             kind: "custom",
             mode: DeliveryMode::Push,
             edge: format!("https://cdn{at}.example.com/"),
-            secret: SECRET.parse().ok(),
+            secret: self.1.parse().ok(),
             cdn: Arc::clone(fake) as Arc<dyn Cdn>,
         };
         self.0.iter().enumerate().map(named).collect()
@@ -184,6 +192,21 @@ async fn a_restart_goes_on_where_it_was_and_delivers_nothing_twice() {
 }
 
 #[tokio::test]
+async fn under_another_secret_all_keys_are_delivered_anew() {
+    let (dir, mut cdns) = (tempfile::tempdir().unwrap(), Cdns::new(1));
+    let node = cdns.node(dir.path(), Clock::manual(START), |_| {}).await;
+    until(async || node.in_sync(0).await).await;
+    node.sweeps.abort();
+    let _ = node.sweeps.await;
+    cdns.1 = SECRET.replace("00", "77");
+    let before = cdns.0[0].store.lock().clone();
+    let again = cdns.node(dir.path(), Clock::manual(START), |_| {}).await;
+    let sealed = || cdns.0[0].store.lock().clone();
+    until(async || sealed().iter().all(|(key, sealed)| before[key] != *sealed)).await;
+    assert_eq!(sealed().len(), again.key_ids().await.len());
+}
+
+#[tokio::test]
 async fn a_promotion_by_time_waits_for_all_or_for_none_as_the_policy_says() {
     for (policy, waits) in
         [(SyncPolicy::All, true), (SyncPolicy::Quorum, false), (SyncPolicy::BestEffort, false)]
@@ -235,6 +258,31 @@ async fn a_key_that_is_destroyed_is_taken_out_of_the_edge() {
     })
     .await;
     until(async || node.in_sync(0).await).await;
+}
+
+#[tokio::test]
+async fn a_key_that_a_cdn_took_without_an_answer_goes_with_its_stream() {
+    let (dir, cdns) = (tempfile::tempdir().unwrap(), Cdns::new(1));
+    let node = cdns.node(dir.path(), Clock::manual(START), |_| {}).await;
+    until(async || node.in_sync(0).await).await;
+    let held = || cdns.0[0].store.lock().len();
+    assert_eq!(held(), 4);
+    *cdns.0[0].is_mute.lock() = true;
+    let brief = StreamSpec {
+        id: "ch2".parse().unwrap(),
+        playlist_url: "https://origin.example/two/master.m3u8".into(),
+        prefix: "/two/".into(),
+        playlist_path: "/two/master.m3u8".into(),
+        cdn_sync_enabled: true,
+        ..spec()
+    };
+    node.operator.initialize(brief.clone(), "ops").await.unwrap();
+    until(async || held() > 4).await;
+    let status = node.operator.cdns().await.unwrap().remove(0);
+    assert_eq!((status.keys.verified, status.keys.stored), (4, 0), "nobody knows whether it has the others");
+    node.operator.delete(&brief.id, "ops").await.unwrap();
+    *cdns.0[0].is_mute.lock() = false;
+    until(async || held() == 4 && node.in_sync(0).await).await;
 }
 
 #[tokio::test]

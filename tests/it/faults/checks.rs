@@ -52,7 +52,8 @@ impl Session {
             self.check_refusal(id)?;
         }
         self.check_rewrapped()?;
-        self.check_rotation()
+        self.check_rotation()?;
+        self.check_cdn()
     }
 
     /// What was left of a re-wrap is done by the next one, and then nothing is under the old key.

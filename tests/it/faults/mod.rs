@@ -4,6 +4,7 @@
 //! once for each of them, and there the process ends in that moment. Whatever was published or answered before must
 //! hold for the process that comes after (`checks`).
 
+mod cdn;
 mod checks;
 mod media;
 mod scenarios;
@@ -49,6 +50,7 @@ fn killed_at_any_point_it_goes_on_where_it_was() {
         scenarios::redeclared,
         scenarios::destroyed,
         scenarios::rewrapped,
+        scenarios::delivered,
         || scenarios::store_away(Postgres::shared()),
     ];
     let scenarios = thread::scope(|scope| make.map(|make| scope.spawn(make)).map(|it| it.join().unwrap()));

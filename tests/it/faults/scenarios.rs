@@ -1,5 +1,5 @@
-//! What a shield does while it is killed: operators' calls, a configuration that changed, keys that are destroyed,
-//! a database that is away for a moment.
+//! What a shield does while it is killed: operators' calls, a configuration that changed, keys that are destroyed, a
+//! database that is away for a moment, a CDN that is kept in step.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -8,6 +8,7 @@ use serde_json::Value;
 use sqlx::Row;
 use tempfile::TempDir;
 
+use super::cdn;
 use super::media::NAME;
 use super::session::{Call, Died, Memory, PRE_GENERATED_KEYS, Published, SEGMENTS_PER_KEY, Session, Stream};
 use crate::harness::wait_for;
@@ -22,6 +23,8 @@ pub struct Scenario {
     pub points: &'static [&'static str],
     config: String,
     begin: Begin,
+    /// With a CDN before the shield.
+    has_cdn: bool,
     drive: fn(&mut Session) -> Result<(), Died>,
 }
 
@@ -57,8 +60,11 @@ impl Scenario {
             }
         };
         let dir = dir.unwrap_or_else(|| tempfile::tempdir().unwrap());
-        let mut session = Session::start(dir, memory.clone(), &(store + &self.config), environment);
+        let (cdn, of_cdn) = self.has_cdn.then(cdn::start).unzip();
+        let config = store + &self.config + &of_cdn.unwrap_or_default();
+        let mut session = Session::start(dir, memory.clone(), &config, environment);
         session.wire = wire;
+        session.cdn = cdn;
         session
     }
 
@@ -71,7 +77,8 @@ impl Scenario {
 /// From nothing to streams that run, one of them with a key that was taken back.
 pub fn begun() -> (Scenario, Memory) {
     let config = config(&[LIVE]);
-    let scenario = Scenario { name: "begun", points: ALL, config, begin: Begin::Empty, drive: begin };
+    let scenario =
+        Scenario { name: "begun", points: ALL, config, begin: Begin::Empty, has_cdn: false, drive: begin };
     (scenario, memory(&["live"]))
 }
 
@@ -79,7 +86,10 @@ pub fn begun() -> (Scenario, Memory) {
 pub fn ended() -> (Scenario, Memory) {
     let config = config(&[LIVE]);
     let (dir, memory) = prepare(&config, memory(&["live"]), begin);
-    (Scenario { name: "ended", points: ALL, config, begin: Begin::Copy(dir), drive: end }, memory)
+    (
+        Scenario { name: "ended", points: ALL, config, begin: Begin::Copy(dir), has_cdn: false, drive: end },
+        memory,
+    )
 }
 
 /// Both, on a fleet's store.
@@ -87,7 +97,7 @@ pub fn on_postgres(postgres: Arc<Postgres>) -> (Scenario, Memory) {
     let config = config(&[LIVE]);
     let drive = |session: &mut Session| begin(session).and_then(|()| end(session));
     let begin = Begin::Postgres(postgres);
-    (Scenario { name: "PostgreSQL", points: ALL, config, begin, drive }, memory(&["live"]))
+    (Scenario { name: "PostgreSQL", points: ALL, config, begin, has_cdn: false, drive }, memory(&["live"]))
 }
 
 const ALL: &[&str] = &[""];
@@ -142,7 +152,7 @@ pub fn redeclared() -> (Scenario, Memory) {
         (0..4).try_for_each(|_| session.go_on(2))
     };
     let points = &["declare", "register", "delete", "update", "make", "extend", "apply", "sweep"];
-    (Scenario { name: "redeclared", points, config, begin: Begin::Copy(dir), drive }, memory)
+    (Scenario { name: "redeclared", points, config, begin: Begin::Copy(dir), has_cdn: false, drive }, memory)
 }
 
 /// Keys whose time is over.
@@ -183,7 +193,7 @@ pub fn destroyed() -> (Scenario, Memory) {
         session.go_on(1)
     };
     let points = &["destroy", "shred", "apply", "sweep", "report"];
-    (Scenario { name: "destroyed", points, config, begin: Begin::Copy(dir), drive }, memory)
+    (Scenario { name: "destroyed", points, config, begin: Begin::Copy(dir), has_cdn: false, drive }, memory)
 }
 
 /// The master key is rolled, and what it wraps follows it.
@@ -203,7 +213,17 @@ pub fn rewrapped() -> (Scenario, Memory) {
         session.rewrap()?;
         session.go_on(2)
     };
-    (Scenario { name: "re-wrapped", points: &["re-wrap"], config, begin: Begin::Copy(dir), drive }, memory)
+    (
+        Scenario {
+            name: "re-wrapped",
+            points: &["re-wrap"],
+            config,
+            begin: Begin::Copy(dir),
+            has_cdn: false,
+            drive,
+        },
+        memory,
+    )
 }
 
 /// The store is away for a while, the count calls for keys meanwhile, and the store is back.
@@ -220,7 +240,29 @@ pub fn store_away(postgres: Arc<Postgres>) -> (Scenario, Memory) {
         (0..6).try_for_each(|_| session.go_on(1))
     };
     let (name, points) = ("store away", &["what waits"]);
-    (Scenario { name, points, config, begin: Begin::Wired(postgres), drive }, memory(&["live"]))
+    (
+        Scenario { name, points, config, begin: Begin::Wired(postgres), has_cdn: false, drive },
+        memory(&["live"]),
+    )
+}
+
+/// A CDN gets the keys of streams that begin, and lets go of those that are taken back, and of a stream that ends.
+pub fn delivered() -> (Scenario, Memory) {
+    let config = config(&[LIVE]);
+    let drive = |session: &mut Session| {
+        session.play_all()?;
+        session.wait_until_delivered()?;
+        session.act("own", Call::Initialize(SEGMENTS_PER_KEY))?;
+        session.play("own")?;
+        session.wait_until_delivered()?;
+        session.act("live", Call::Revoke)?;
+        session.play_all()?;
+        session.act("own", Call::Delete)?;
+        session.wait_until_let_go().map(drop)
+    };
+    let points = &["deliver", "purge", "incident", "drop deliveries"];
+    let scenario = Scenario { name: "delivered", points, config, begin: Begin::Empty, has_cdn: true, drive };
+    (scenario, memory(&["live"]))
 }
 
 fn memory(declared: &[&'static str]) -> Memory {

@@ -14,6 +14,7 @@ use tempfile::TempDir;
 use url::Url;
 
 use super::media::{Media, NAME, RENDITIONS, clear};
+use crate::cdn::caches::AgentHandle;
 use crate::control_api::tokens;
 use crate::harness::{Answer, Running, Segment, agent, pause, segments, try_ask_by, wait_for};
 use crate::origin::Origin;
@@ -128,6 +129,8 @@ pub struct Session {
     shield: Option<Running>,
     /// Between the shield and its database.
     pub wire: Option<Wire>,
+    /// Before the shield, for keys alone.
+    pub cdn: Option<AgentHandle>,
 }
 
 impl Session {
@@ -143,7 +146,7 @@ impl Session {
         );
         let config = config.replace("{dir}", &dir.path().display().to_string());
         let shield = Some(Running::launch(dir, &config, environment));
-        Self { memory, media, _origin: origin, config, agent: agent(), shield, wire: None }
+        Self { memory, media, _origin: origin, config, agent: agent(), shield, wire: None, cdn: None }
     }
 
     pub fn shield(&self) -> &Running {
@@ -240,7 +243,7 @@ impl Session {
     }
 
     /// Status and body of a call of the control API.
-    fn call(&mut self, method: &str, path: &str, body: Value) -> Result<(u16, Value), Died> {
+    pub fn call(&mut self, method: &str, path: &str, body: Value) -> Result<(u16, Value), Died> {
         let url = format!("{}/api/hls/{path}", self.shield().control);
         let request = ureq::http::Request::builder().method(method).uri(&url);
         let request = request.header("authorization", "Bearer ks_admin");

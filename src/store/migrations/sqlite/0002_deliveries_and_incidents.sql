@@ -7,7 +7,7 @@ CREATE TABLE deliveries (
     -- No reference: after a stream was erased its keys are still to be taken out of the edges.
     stream_id         TEXT    NOT NULL,
     ordinal           BIGINT  NOT NULL,
-    -- stored, or verified by reading it back through the edge.
+    -- sending (the CDN may have it), stored, or verified by reading it back through the edge.
     state             TEXT    NOT NULL,
     last_error        TEXT,
     updated_at        BIGINT  NOT NULL,
@@ -22,6 +22,8 @@ CREATE TABLE cdns (
     failing_since     BIGINT,
     failures          BIGINT  NOT NULL,
     last_error        TEXT,
+    -- Which edge secret its keys are sealed under, by a fingerprint. Null where none are.
+    sealed_under      TEXT,
     updated_at        BIGINT  NOT NULL
 );
 

@@ -22,6 +22,6 @@ mod nginx;
 mod switches;
 mod varnish;
 
-pub use agent::AgentHandle;
+pub use agent::{AgentHandle, TOKEN};
 pub use nginx::Nginx;
 pub use varnish::Varnish;
