@@ -8,7 +8,7 @@ TEST_THREADS ?= 4
 SHM := $(shell [ "$$(df --output=avail -k /dev/shm 2>/dev/null | tail -n 1)" -gt 4000000 ] 2>/dev/null && echo /dev/shm)
 TEST = $(if $(SHM),TMPDIR=$(SHM) )$(CARGO) test --locked --features faults
 
-.PHONY: help demo test fleet outage low-latency bench-sweep bench-kms check fmt build clip clean
+.PHONY: help demo test fleet outage low-latency bench-sweep bench-kms bench-revoke check fmt build clip clean
 
 help:
 	@echo "make demo    play an encrypted, rotating live stream at http://127.0.0.1:8080/demo/master.m3u8"
@@ -18,6 +18,7 @@ help:
 	@echo "make low-latency  how much later parts are there through the shield (LL_SECS for another time)"
 	@echo "make bench-sweep  what sweeps cost at up to 100,000 streams (SIZES=100,1000 for others)"
 	@echo "make bench-kms  what 10,000 streams ask of the KMS (STREAMS and ROTATIONS for others)"
+	@echo "make bench-revoke  how long revocations take until every CDN is done (STREAMS=100,1000 for others)"
 	@echo "make check   format and lints"
 	@echo "make build   an optimised binary at target/release/keyshield"
 	@echo "make clip    make the demo's clip anew (needs ffmpeg)"
@@ -49,6 +50,10 @@ bench-sweep:
 bench-kms:
 	@scripts/bootstrap.sh test
 	$(CARGO) bench --locked --bench kms -- $(if $(STREAMS),--streams $(STREAMS)) $(if $(ROTATIONS),--rotations $(ROTATIONS))
+
+bench-revoke:
+	@scripts/bootstrap.sh test
+	$(CARGO) bench --locked --bench revoke -- $(if $(STREAMS),--streams $(STREAMS))
 
 check: fmt
 	@scripts/bootstrap.sh build
