@@ -8,6 +8,9 @@ mod memory_cdn;
 
 // The tests' PostgreSQL. They need more of these files than this does.
 #[allow(dead_code)]
+#[path = "../../tests/it/daemon.rs"]
+mod daemon;
+#[allow(dead_code)]
 #[path = "../../tests/it/machine.rs"]
 mod machine;
 #[allow(dead_code)]

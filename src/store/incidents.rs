@@ -3,12 +3,13 @@
 //! An incident is stored with the revocation itself (`apply`), so there is none without the other. It is kept until its
 //! stream is erased.
 
-use sqlx::Row;
+use serde_json::{Value, json};
 use sqlx::any::AnyRow;
+use sqlx::{AssertSqlSafe, Row};
 
 use super::StoreError;
 use super::open::{Store, Tx, bounded, commit, repeated};
-use super::rows::{json, named, optional_time, parsed, time, unreadable, unsigned};
+use super::rows::{self, named, optional_time, parsed, time, unreadable, unsigned};
 use crate::fault;
 use crate::keys::{IncidentId, KeyId, Ordinal, StreamId, Timestamp};
 
@@ -91,7 +92,28 @@ pub struct IncidentCdnRow {
     pub completed_at: Option<Timestamp>,
 }
 
+/// The columns of what is noted.
+const NOTED: [(&str, &str); 8] = [
+    ("id", "text"),
+    ("cdn", "text"),
+    ("state", "text"),
+    ("purges", "bigint"),
+    ("purged_at", "bigint"),
+    ("error", "text"),
+    ("at", "bigint"),
+    ("done", "bigint"),
+];
+
 impl IncidentCdnRow {
+    /// In the columns [`NOTED`].
+    fn to_json(&self, id: IncidentId) -> Value {
+        json!({
+            "id": id.to_string(), "cdn": self.cdn, "state": self.state.name(), "purges": self.purges,
+            "purged_at": self.purged_at.map(Timestamp::as_unix_millis), "error": self.last_error,
+            "at": self.updated_at.as_unix_millis(), "done": self.completed_at.map(Timestamp::as_unix_millis),
+        })
+    }
+
     fn read(row: &AnyRow) -> Result<Self, StoreError> {
         Ok(Self {
             cdn: row.try_get("cdn")?,
@@ -171,7 +193,7 @@ impl Store {
         if incidents.is_empty() {
             return Ok(incidents);
         }
-        let ids = json(&incidents.iter().map(|incident| incident.id.to_string()).collect::<Vec<_>>());
+        let ids = rows::json(&incidents.iter().map(|incident| incident.id.to_string()).collect::<Vec<_>>());
         let sql = super::dialect::both!(
             self.dialect,
             "SELECT * FROM incident_cdns WHERE incident_id IN (" ids ") ORDER BY cdn"
@@ -185,33 +207,46 @@ impl Store {
         Ok(incidents)
     }
 
-    /// Notes how far a CDN is with an incident; when it is the last, the incident is complete. Returns whether it is.
-    pub async fn note_purge(&self, id: IncidentId, row: &IncidentCdnRow) -> Result<bool, StoreError> {
+    /// Notes how far CDNs are with incidents. Returns those that are complete by it: no CDN of theirs is left.
+    pub async fn note_purges(
+        &self,
+        noted: &[(IncidentId, IncidentCdnRow)],
+    ) -> Result<Vec<IncidentId>, StoreError> {
+        if noted.is_empty() {
+            return Ok(Vec::new());
+        }
+        let ids = rows::json(&noted.iter().map(|(id, _)| id.to_string()).collect::<Vec<_>>());
+        let list: Vec<_> = noted.iter().map(|(id, row)| row.to_json(*id)).collect();
+        let list = rows::json(&list);
+        let from = self.dialect.rows(&NOTED);
         repeated(|| async {
             let mut tx = self.begin().await?;
-            // Only forward: what another node has completed stays so.
-            let sql = "UPDATE incident_cdns
-                       SET state = $3, purges = $4, purged_at = $5, last_error = $6, updated_at = $7, completed_at = $8
-                       WHERE incident_id = $1 AND cdn = $2 AND state <> 'complete'";
+            // Held against each other: of two CDNs that end at once, one must see that it is the last.
+            let hold = super::dialect::both!(
+                self.dialect,
+                "UPDATE incidents SET completed_at = completed_at WHERE id IN (" ids ")"
+            );
             fault::point("purge: before it is noted");
-            let query = sqlx::query(sql)
-                .bind(id.to_string())
-                .bind(&row.cdn)
-                .bind(row.state.name())
-                .bind(i64::from(row.purges))
-                .bind(row.purged_at.map(Timestamp::as_unix_millis))
-                .bind(&row.last_error)
-                .bind(row.updated_at.as_unix_millis())
-                .bind(row.completed_at.map(Timestamp::as_unix_millis));
-            query.execute(&mut *tx).await?;
-            let sql = "UPDATE incidents SET completed_at = $2
-                       WHERE id = $1 AND completed_at IS NULL
-                         AND NOT EXISTS (SELECT 1 FROM incident_cdns AS c
-                                         WHERE c.incident_id = $1 AND c.state <> 'complete')";
-            let query = sqlx::query(sql).bind(id.to_string()).bind(row.updated_at.as_unix_millis());
-            let is_complete = query.execute(&mut *tx).await?.rows_affected() > 0;
+            sqlx::query(hold).bind(&ids).execute(&mut *tx).await?;
+            // Only forward: what another node has completed stays so.
+            let note = format!(
+                "UPDATE incident_cdns AS c
+                 SET state = r.state, purges = r.purges, purged_at = r.purged_at, last_error = r.error,
+                     updated_at = r.at, completed_at = r.done
+                 FROM {from} WHERE c.incident_id = r.id AND c.cdn = r.cdn AND c.state <> 'complete'"
+            );
+            sqlx::query(AssertSqlSafe(note)).bind(&list).execute(&mut *tx).await?;
+            let complete = format!(
+                "UPDATE incidents AS i SET completed_at = r.at FROM {from}
+                 WHERE i.id = r.id AND i.completed_at IS NULL
+                   AND NOT EXISTS (SELECT 1 FROM incident_cdns AS c
+                                   WHERE c.incident_id = i.id AND c.state <> 'complete')
+                 RETURNING i.id AS id"
+            );
+            let complete = sqlx::query(AssertSqlSafe(complete)).bind(&list).fetch_all(&mut *tx).await?;
+            let complete = complete.iter().map(|row| parsed(row, "id")).collect::<Result<_, _>>()?;
             commit(tx, "purge: before the commit", "purge: noted").await?;
-            Ok(is_complete)
+            Ok(complete)
         })
         .await
     }
@@ -231,7 +266,7 @@ impl Store {
         );
         fault::point("incident: before");
         let query = sqlx::query(sql)
-            .bind(json(&row.keys.iter().map(KeyId::to_string).collect::<Vec<_>>()))
+            .bind(rows::json(&row.keys.iter().map(KeyId::to_string).collect::<Vec<_>>()))
             .bind(row.id.to_string())
             .bind(row.stream.as_str())
             .bind(&row.reason)
@@ -239,7 +274,7 @@ impl Store {
             .bind(row.revoked_at.as_unix_millis())
             .bind(row.transition_until.as_unix_millis())
             .bind(i64::from(row.successor.0))
-            .bind(json(&row.paths))
+            .bind(rows::json(&row.paths))
             .bind(row.cdns.is_empty().then(|| row.revoked_at.as_unix_millis()));
         if query.execute(&mut **tx).await?.rows_affected() == 0 {
             return Ok(false);

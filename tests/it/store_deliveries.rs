@@ -263,7 +263,8 @@ async fn a_cdn_goes_forward_alone_and_the_last_completes_the_incident(database: 
     let (store, stream) = with_keys(&database).await;
     let id = open(&store, &stream, 1, &["a", "b"]).await.id;
     let other = open(&store, &stream, 2, &["a"]).await;
-    let note = async |row: &IncidentCdnRow| store.note_purge(id, row).await.unwrap();
+    let note =
+        async |row: &IncidentCdnRow| !store.note_purges(&[(id, row.clone())]).await.unwrap().is_empty();
     let cdns = async || store.incident(id).await.unwrap().unwrap().cdns;
     let failed = IncidentCdnRow {
         purges: 0,

@@ -8,6 +8,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::task::JoinSet;
+
 use super::Place;
 use super::pace::Call;
 use crate::cdn::{CdnError, CdnFault, DeliveryMode, KeySeen, Purge};
@@ -25,6 +27,8 @@ const TICK_WHILE_OPEN: Duration = Duration::from_millis(100);
 /// What an edge still gives out is purged again after this, and then after twice as long each time.
 const FIRST_PURGE_AGAIN: Duration = Duration::from_secs(2);
 const LAST_PURGE_AGAIN: Duration = Duration::from_secs(60);
+/// Incidents about which an edge is asked at once.
+const PROBED_AT_ONCE: usize = 16;
 /// Paths of an incident that the edge is asked for.
 const MAX_PROBES: usize = 16;
 
@@ -53,7 +57,7 @@ impl Core {
     }
 
     /// One step for each incident that is open at a CDN; how many there are.
-    async fn work_on_incidents(&self, place: &Place) -> Result<usize, StoreError> {
+    async fn work_on_incidents(self: &Arc<Self>, place: &Arc<Place>) -> Result<usize, StoreError> {
         let incidents = self.store.open_incidents().await?;
         self.shared.metrics.incidents_open.set(i64::try_from(incidents.len()).unwrap_or(i64::MAX));
         let mut open: Vec<_> = incidents
@@ -80,10 +84,8 @@ impl Core {
             }
         }
         self.purge(place, &mut open, &to_purge).await?;
-        for at in to_probe {
-            let (incident, row) = &mut open[at];
-            self.probe(place, incident, row).await?;
-        }
+        let to_probe: Vec<_> = to_probe.into_iter().map(|at| open[at].clone()).collect();
+        self.probe(place, to_probe).await?;
         Ok(open.len())
     }
 
@@ -113,6 +115,7 @@ impl Core {
             }
             let done = self.let_go(place, open, &batch, &keys).await;
             let now = self.now();
+            let mut noted = Vec::with_capacity(batch.len());
             for at in &batch {
                 let (incident, row) = &mut open[*at];
                 row.updated_at = now;
@@ -127,8 +130,9 @@ impl Core {
                     Ok(false) => return Ok(()),
                     Err(error) => row.last_error = Some(error.to_string()),
                 }
-                self.store.note_purge(incident.id, row).await?;
+                noted.push((incident.id, row.clone()));
             }
+            self.store.note_purges(&noted).await?;
             if let Err(error) = done {
                 self.note_cdn_failure(place, Call::Purge, &error).await;
                 return Ok(());
@@ -187,15 +191,50 @@ impl Core {
         format!("{}{key}", self.delivery.rules.key_path)
     }
 
-    /// Looks whether the edge has let go.
+    /// Looks whether the edge has let go, for several incidents at once.
     async fn probe(
+        self: &Arc<Self>,
+        place: &Arc<Place>,
+        which: Vec<(IncidentRow, IncidentCdnRow)>,
+    ) -> Result<(), StoreError> {
+        for some in which.chunks(PROBED_AT_ONCE) {
+            let mut asked = JoinSet::new();
+            for (incident, row) in some.iter().cloned() {
+                fault::point("purge: before the edge is asked");
+                let (core, place) = (Arc::clone(self), Arc::clone(place));
+                asked.spawn(async move {
+                    let found = core.what_is_left(&place, &incident).await;
+                    (incident, row, found)
+                });
+            }
+            let (mut noted, mut failed) = (Vec::with_capacity(some.len()), None);
+            while let Some(joined) = asked.join_next().await {
+                let Ok((incident, mut row, found)) = joined else { continue };
+                failed = self.judge_probe(place, &incident, &mut row, found).or(failed);
+                noted.push((incident.id, row));
+            }
+            for incident in self.store.note_purges(&noted).await? {
+                tracing::warn!(%incident, "every CDN has let go of the revoked keys");
+            }
+            match failed {
+                Some(error) => {
+                    self.note_cdn_failure(place, Call::Purge, &error).await;
+                    return Ok(());
+                }
+                None => self.note_cdn_up(place, Call::Purge).await,
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts what was found into a row; a failure is the CDN's.
+    fn judge_probe(
         &self,
         place: &Place,
         incident: &IncidentRow,
         row: &mut IncidentCdnRow,
-    ) -> Result<(), StoreError> {
-        fault::point("purge: before the edge is asked");
-        let found = self.what_is_left(place, incident).await;
+        found: Result<Option<String>, CdnError>,
+    ) -> Option<CdnError> {
         row.updated_at = self.now();
         match found {
             Ok(None) => {
@@ -206,23 +245,19 @@ impl Core {
                 let (cdn, incident) = (&place.cdn.name, incident.id);
                 tracing::info!(cdn, %incident, took_millis = took.as_millis(), "the CDN has let go of revoked keys");
                 self.shared.metrics.revocation_seconds.with_label_values(&[cdn]).observe(took.as_secs_f64());
-                self.note_cdn_up(place, Call::Purge).await;
+                None
             }
             Ok(Some(left)) => {
                 row.last_error = Some(left);
                 // To be purged again, when its time comes.
                 row.state = PurgeState::Pending;
+                None
             }
             Err(error) => {
                 row.last_error = Some(error.to_string());
-                self.note_cdn_failure(place, Call::Purge, &error).await;
+                Some(error)
             }
         }
-        let is_complete = self.store.note_purge(incident.id, row).await?;
-        if is_complete {
-            tracing::warn!(incident = %incident.id, stream = %incident.stream, "every CDN has let go of the revoked keys");
-        }
-        Ok(())
     }
 
     /// What the edge still gives out, in words.
