@@ -11,7 +11,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::secrets::{masked_hash, masked_url, masked_webhook};
-pub use cdn::{RawCdn, RawCdnRules, RawCloudFront, RawCloudflare, RawCustom, RawFastly};
+#[cfg(feature = "cdn-cloudfront")]
+pub use cdn::RawCloudFront;
+pub use cdn::{RawCdn, RawCdnRules, RawCloudflare, RawCustom, RawFastly};
 
 use crate::keys::{KeyMethod, Policy};
 
