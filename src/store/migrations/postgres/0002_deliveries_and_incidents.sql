@@ -49,7 +49,7 @@ CREATE INDEX incidents_by_stream ON incidents (stream_id, id);
 CREATE TABLE incident_cdns (
     incident_id       TEXT    NOT NULL REFERENCES incidents (id),
     cdn               TEXT    NOT NULL,
-    -- pending, purged (and to be looked at), or complete.
+    -- pending, purged (and to be looked at), complete, or abandoned: the configuration has no such CDN any more.
     state             TEXT    NOT NULL,
     purges            BIGINT  NOT NULL,
     purged_at         BIGINT,
