@@ -22,7 +22,7 @@ CREATE TABLE cdns (
     failing_since     BIGINT,
     failures          BIGINT  NOT NULL,
     last_error        TEXT,
-    -- Which edge secret its keys are sealed under, by a fingerprint. Null where none are.
+    -- Which edge secret its keys are sealed under, by a fingerprint; none: they come from the shield.
     sealed_under      TEXT,
     updated_at        BIGINT  NOT NULL
 );
