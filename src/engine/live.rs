@@ -93,6 +93,10 @@ impl LiveKey {
     /// Notes whether a CDN has shown the key.
     pub(super) fn note_delivered(&self, place: usize, is_shown: bool) {
         let of_place = CdnSet::default().with(place).bits();
+        // Mostly said again.
+        if self.delivered().has(place) == is_shown {
+            return;
+        }
         match is_shown {
             true => self.delivered.fetch_or(of_place, Ordering::Relaxed),
             false => self.delivered.fetch_and(!of_place, Ordering::Relaxed),

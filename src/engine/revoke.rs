@@ -6,7 +6,8 @@
 use std::time::Duration;
 
 use super::Operator;
-use super::delivery::Incident;
+use super::deks::InHand;
+use super::delivery::{Delivery, Incident};
 use super::operate::{ATTEMPTS, not_known};
 use super::operator::{OperatorError, Revocation};
 use super::stream::{Known, Stream};
@@ -33,7 +34,11 @@ impl Operator {
     ) -> Result<Revocation, OperatorError> {
         let core = &self.core;
         let stream = core.known_stream(id).await?;
-        let hand = core.newest_dek(&stream).await;
+        // For a successor that is still to be made. Mostly one waits, and then no KMS is waited for.
+        let mut hand = InHand::new();
+        if !stream.known.read().has_successor(id, key, &core.delivery) {
+            hand = core.newest_dek(&stream).await;
+        }
         let _changing = stream.changing.lock().await;
         for _ in 0..ATTEMPTS {
             core.refresh(&stream).await?;
@@ -44,13 +49,10 @@ impl Operator {
                     return Err(OperatorError::RevocationDisabled(id.clone()));
                 }
                 let ordinals = known.to_revoke(id, key)?;
-                let head = known.marks().ok_or(OperatorError::NotReady)?.head;
-                let highest = ordinals.iter().copied().fold(head, Ordinal::max);
-                (
-                    ordinals.clone(),
-                    known.facts(true, &core.delivery).after(highest),
-                    known.transition(&ordinals),
-                )
+                let successor =
+                    known.successor_of(&ordinals, &core.delivery).ok_or(OperatorError::NotReady)?;
+                let transition = known.transition(&ordinals);
+                (ordinals, successor, transition)
             };
             let incident =
                 core.new_incident(&stream, (&ordinals, successor), (reason, actor), at, transition);
@@ -135,6 +137,18 @@ impl Known {
             Some(_) => Ok(vec![*ordinal]),
             None => Err(OperatorError::NotRevocable { key, state: found.life.state.name() }),
         }
+    }
+
+    /// The ordinal of the key that takes the place of keys; it may be one that is still to be made.
+    fn successor_of(&self, ordinals: &[Ordinal], delivery: &Delivery) -> Option<Ordinal> {
+        let highest = ordinals.iter().copied().fold(self.marks()?.head, Ordinal::max);
+        Some(self.facts(true, delivery).after(highest))
+    }
+
+    /// Whether what takes the place of keys is there already.
+    fn has_successor(&self, id: &StreamId, key: Option<KeyId>, delivery: &Delivery) -> bool {
+        let successor = self.to_revoke(id, key).ok().and_then(|keys| self.successor_of(&keys, delivery));
+        successor.is_some_and(|successor| self.keys.contains_key(&successor))
     }
 
     /// How long players may hold a playlist that names one of these keys and go on by it: so many Target

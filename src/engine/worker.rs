@@ -225,7 +225,9 @@ impl Worker {
         for place in &core.delivery.places {
             tasks.spawn(Arc::clone(&core).keep_delivering(Arc::clone(place)));
             tasks.spawn(Arc::clone(&core).keep_purging(Arc::clone(place)));
+            tasks.spawn(Arc::clone(&core).keep_probing(Arc::clone(place)));
         }
+        tasks.spawn(Arc::clone(&core).keep_ending_what_is_gone());
         loop {
             tokio::select! {
                 extend = self.asked.recv() => {

@@ -177,7 +177,8 @@ impl Store {
         .await
     }
 
-    /// Forgets what a CDN has of all keys, if these were sealed under another secret than this one; whether they were.
+    /// Takes all keys of a CDN for still to be sent, if they were sealed under another secret than this one; whether they
+    /// were. Their rows stay: what is not wanted any more is to be taken out, under whatever secret it lies there.
     pub async fn seal_under(&self, cdn: &str, fingerprint: &str, now: Timestamp) -> Result<bool, StoreError> {
         repeated(|| async {
             let mut tx = self.begin().await?;
@@ -187,7 +188,7 @@ impl Store {
             let query = sqlx::query(sql).bind(cdn).bind(fingerprint).bind(now.as_unix_millis());
             let is_new = query.execute(&mut *tx).await?.rows_affected() > 0;
             if is_new {
-                let sql = "DELETE FROM deliveries WHERE cdn = $1";
+                let sql = "UPDATE deliveries SET state = 'sending' WHERE cdn = $1";
                 sqlx::query(sql).bind(cdn).execute(&mut *tx).await?;
             }
             commit(tx, "seal under: before the commit", "seal under: noted").await?;

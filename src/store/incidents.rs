@@ -61,19 +61,28 @@ pub enum PurgeState {
     Purged,
     /// Its edge gives out neither the keys nor what was encrypted under them.
     Complete,
+    /// Nobody works on it: the configuration has no such CDN any more.
+    Abandoned,
 }
 
 impl PurgeState {
+    /// Whether something is left to be done.
+    pub fn is_open(self) -> bool {
+        matches!(self, PurgeState::Pending | PurgeState::Purged)
+    }
+
     pub fn name(self) -> &'static str {
         match self {
             PurgeState::Pending => "pending",
             PurgeState::Purged => "purged",
             PurgeState::Complete => "complete",
+            PurgeState::Abandoned => "abandoned",
         }
     }
 
     fn from_name(name: &str) -> Option<Self> {
-        [PurgeState::Pending, PurgeState::Purged, PurgeState::Complete].into_iter().find(|s| s.name() == name)
+        let all = [PurgeState::Pending, PurgeState::Purged, PurgeState::Complete, PurgeState::Abandoned];
+        all.into_iter().find(|state| state.name() == name)
     }
 }
 
@@ -152,11 +161,13 @@ impl IncidentRow {
 }
 
 impl Store {
-    /// Incidents that are not complete, the oldest first.
+    /// Incidents that are not complete, the oldest first. Where there are too many, those that are left out are the
+    /// oldest: thousands that wait for a CDN that is away must not hide the newest from the others.
     pub async fn open_incidents(&self) -> Result<Vec<IncidentRow>, StoreError> {
         bounded(async {
-            let sql = "SELECT * FROM incidents WHERE completed_at IS NULL ORDER BY id LIMIT $1";
-            let rows = sqlx::query(sql).bind(MAX_OPEN).fetch_all(&self.pool).await?;
+            let sql = "SELECT * FROM incidents WHERE completed_at IS NULL ORDER BY id DESC LIMIT $1";
+            let mut rows = sqlx::query(sql).bind(MAX_OPEN).fetch_all(&self.pool).await?;
+            rows.reverse();
             self.with_cdns(&rows).await
         })
         .await
@@ -240,7 +251,7 @@ impl Store {
                 "UPDATE incidents AS i SET completed_at = r.at FROM {from}
                  WHERE i.id = r.id AND i.completed_at IS NULL
                    AND NOT EXISTS (SELECT 1 FROM incident_cdns AS c
-                                   WHERE c.incident_id = i.id AND c.state <> 'complete')
+                                   WHERE c.incident_id = i.id AND c.state NOT IN ('complete', 'abandoned'))
                  RETURNING i.id AS id"
             );
             let complete = sqlx::query(AssertSqlSafe(complete)).bind(&list).fetch_all(&mut *tx).await?;

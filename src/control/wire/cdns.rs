@@ -28,7 +28,8 @@ pub(in crate::control) struct CdnEndpointSync {
     /// The CDN's name, or the address that the stream gives.
     endpoint: String,
     /// Of a key: `in-sync` (its edge has shown the key), `syncing`, `degraded` (it does not do what it is asked) or
-    /// `unmanaged` (the shield is not connected to it). Of a revocation: `pending`, `purged` or `complete`.
+    /// `unmanaged` (the shield is not connected to it). Of a revocation: `pending`, `purged`, `complete` or
+    /// `abandoned` (the shield's configuration has no such CDN any more).
     #[schema(value_type = String, examples("in-sync"))]
     status: &'static str,
     /// Why it is no further.
@@ -174,7 +175,8 @@ pub(in crate::control) struct Incident {
 #[serde(rename_all = "camelCase")]
 pub(in crate::control) struct IncidentCdn {
     cdn: String,
-    /// `pending`, `purged` (it was told, and is being looked at) or `complete`.
+    /// `pending`, `purged` (it was told, and is being looked at), `complete`, or `abandoned`: the configuration has no such
+    /// CDN any more.
     #[schema(value_type = String, examples("complete"))]
     status: &'static str,
     /// How often it was told to purge.

@@ -19,7 +19,7 @@ use crate::engine::live::LiveKey;
 use crate::engine::worker::Core;
 use crate::entropy;
 use crate::fault;
-use crate::keys::{CheckValue, KeyId, KeyState, SealedKey, belongs_at_edges, seal_for_edge};
+use crate::keys::{CheckValue, EdgeSecret, KeyId, SealedKey, belongs_at_edges, seal_for_edge};
 use crate::store::{DeliveryRow, DeliveryState, StoreError};
 
 /// How often the difference is looked for.
@@ -36,13 +36,21 @@ const LAST_LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// When an edge does not show a key this long after the CDN should have settled, it is stored anew.
 const STORE_ANEW_AFTER: Duration = Duration::from_secs(30);
 
+/// Where nothing has changed, streams are gone through this often all the same.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(30);
+
 /// What is known of a CDN's keys while this node delivers.
 #[derive(Default)]
 struct Lane {
     /// `None` until they are read from the store.
     rows: Option<HashMap<KeyId, DeliveryRow>>,
+    /// The sync that has to be over before a stream that is not known here is taken for gone: whoever delivered before
+    /// may have known it.
+    heard_with: u64,
     /// Of keys that are stored and not shown: when to look again, and how long that pause was.
     looks: HashMap<KeyId, (Instant, Duration)>,
+    /// How the streams were when nothing was to be done, and when that was.
+    settled: Option<(u64, Instant)>,
 }
 
 /// What is to be done.
@@ -53,16 +61,36 @@ struct Due {
     delete: Vec<KeyId>,
 }
 
-/// Why a step ended early.
-enum Stopped {
-    Store(StoreError),
-    /// The failure is noted.
-    Cdn,
+impl Due {
+    fn is_empty(&self) -> bool {
+        self.put.is_empty() && self.verify.is_empty() && self.delete.is_empty()
+    }
 }
 
-impl From<StoreError> for Stopped {
-    fn from(error: StoreError) -> Self {
-        Stopped::Store(error)
+/// What became of calls.
+#[derive(Default)]
+struct Outcome {
+    is_any_well: bool,
+    failed: Option<CdnError>,
+}
+
+impl Outcome {
+    /// Whether other calls of the API would fail as well.
+    fn is_over(&self) -> bool {
+        let is_over = |error: &CdnError| matches!(error.fault, CdnFault::Away | CdnFault::RateLimited);
+        self.failed.as_ref().is_some_and(is_over)
+    }
+
+    fn note(&mut self, done: Result<(), CdnError>) -> bool {
+        match done {
+            Ok(()) => self.is_any_well = true,
+            Err(error) => self.failed = Some(error),
+        }
+        self.failed.is_none()
+    }
+
+    fn and(self, other: Outcome) -> Self {
+        Self { is_any_well: self.is_any_well || other.is_any_well, failed: self.failed.or(other.failed) }
     }
 }
 
@@ -79,51 +107,101 @@ impl Core {
                 lane = Lane::default();
                 continue;
             }
-            match self.step(&place, &mut lane).await {
-                Ok(()) | Err(Stopped::Cdn) => {}
-                Err(Stopped::Store(error)) => {
-                    self.note_if_away(&error);
-                    tracing::debug!(%error, cdn = place.cdn.name, "a delivery could not be noted; it is done again");
-                    lane = Lane::default();
-                }
+            if let Err(error) = self.step(&place, &mut lane).await {
+                self.note_if_away(&error);
+                tracing::debug!(%error, cdn = place.cdn.name, "a delivery could not be noted; it is done again");
+                lane = Lane::default();
             }
         }
     }
 
-    async fn step(&self, place: &Arc<Place>, lane: &mut Lane) -> Result<(), Stopped> {
+    async fn step(&self, place: &Arc<Place>, lane: &mut Lane) -> Result<(), StoreError> {
         let mut rows = match lane.rows.take() {
             Some(rows) => rows,
-            None => self.read_rows(place).await?,
+            None => {
+                self.adopt_state(place).await?;
+                lane.heard_with = *self.shared.news.begun.borrow() + 1;
+                self.read_rows(place).await?
+            }
         };
-        let due = self.look(place, &rows, lane);
-        self.note_counts(place, &rows, &due);
-        let done = if place.pace.lock().is_paused(Call::Write, Instant::now()) {
-            Ok(())
-        } else {
-            self.work(place, &mut rows, lane, due).await
-        };
+        if let Some(due) = self.look(place, &rows, lane) {
+            self.note_counts(place, &rows, &due);
+            self.work(place, &mut rows, lane, due).await?;
+        }
         lane.rows = Some(rows);
-        done
+        Ok(())
     }
 
+    /// Puts and deletions are one road, what the edge is asked another: one that shows nothing keeps no key from being
+    /// stored.
     async fn work(
         &self,
         place: &Arc<Place>,
         rows: &mut HashMap<KeyId, DeliveryRow>,
         lane: &mut Lane,
         due: Due,
-    ) -> Result<(), Stopped> {
-        self.put(place, rows, lane, due.put).await?;
-        self.verify(place, rows, lane, due.verify).await?;
-        self.delete(place, rows, lane, due.delete).await
+    ) -> Result<(), StoreError> {
+        if due.is_empty() {
+            return self.see_whether_it_is_back(place).await;
+        }
+        let is_paused = |call| place.pace.lock().is_paused(call, Instant::now());
+        if !is_paused(Call::Write) {
+            let mut outcome = self.put(place, rows, lane, due.put).await?;
+            // A store that is full takes keys again when others are out of it.
+            if !outcome.is_over() {
+                outcome = outcome.and(self.delete(place, rows, lane, due.delete).await?);
+            }
+            self.judge(place, Call::Write, outcome).await;
+        }
+        if !is_paused(Call::Verify) {
+            let outcome = self.verify(place, rows, lane, due.verify).await?;
+            self.judge(place, Call::Verify, outcome).await;
+        }
+        Ok(())
     }
 
-    /// Every row of the CDN, and on each key whether this CDN has shown it.
-    async fn read_rows(&self, place: &Place) -> Result<HashMap<KeyId, DeliveryRow>, StoreError> {
-        if let Some(secret) = place.cdn.secret.as_ref().filter(|_| place.cdn.mode == DeliveryMode::Push) {
-            // What lies at the edge under another secret does not open there: all of it is delivered anew.
-            self.store.seal_under(&place.cdn.name, &secret.fingerprint(), self.now()).await?;
+    async fn judge(&self, place: &Place, call: Call, outcome: Outcome) {
+        match outcome.failed {
+            Some(error) => self.note_cdn_failure(place, call, &error).await,
+            None if outcome.is_any_well => self.note_cdn_up(place, call).await,
+            None => {}
         }
+    }
+
+    /// Where nothing is to be done, nothing would say that a CDN is well again that was not.
+    async fn see_whether_it_is_back(&self, place: &Place) -> Result<(), StoreError> {
+        let is_failing = {
+            let mut pace = place.pace.lock();
+            (pace.fails(Call::Write) || pace.fails(Call::Verify))
+                && !pace.is_paused(Call::Write, Instant::now())
+        };
+        if is_failing {
+            match self.ask(place, "health", place.cdn.cdn.health()).await {
+                Ok(()) => self.note_nothing_to_do(place, &[Call::Write, Call::Verify]).await,
+                Err(error) => self.note_cdn_failure(place, Call::Write, &error).await,
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes over what was found of the CDN before this node delivered.
+    async fn adopt_state(&self, place: &Place) -> Result<(), StoreError> {
+        let states = self.store.cdn_states().await?;
+        if let Some(row) = states.into_iter().find(|row| row.name == place.cdn.name)
+            && let Some(since) = row.failing_since
+        {
+            place.pace.lock().adopt(since, row.failures.max(1), row.last_error.unwrap_or_default());
+        }
+        Ok(())
+    }
+
+    /// Every row of the CDN.
+    async fn read_rows(&self, place: &Place) -> Result<HashMap<KeyId, DeliveryRow>, StoreError> {
+        // What lies at the edge under another secret does not open there, and what came from the shield is not there:
+        // all of it is delivered anew.
+        let secret = place.cdn.secret.as_ref().filter(|_| place.cdn.mode == DeliveryMode::Push);
+        let sealed_under = secret.map_or_else(|| "none".to_owned(), EdgeSecret::fingerprint);
+        self.store.seal_under(&place.cdn.name, &sealed_under, self.now()).await?;
         let mut rows = HashMap::new();
         let mut after = None;
         loop {
@@ -132,28 +210,33 @@ impl Core {
             after = Some(last.key);
             rows.extend(page.into_iter().map(|row| (row.key, row)));
         }
-        for key in self.shared.keys.read().values() {
-            let is_shown = rows.get(&key.id).is_some_and(|row| row.state == DeliveryState::Verified);
-            key.note_delivered(place.at, is_shown);
-        }
         Ok(rows)
     }
 
-    fn look(&self, place: &Place, rows: &HashMap<KeyId, DeliveryRow>, lane: &mut Lane) -> Due {
+    /// What is to be done; `None` while all is as it was when nothing was.
+    fn look(&self, place: &Place, rows: &HashMap<KeyId, DeliveryRow>, lane: &mut Lane) -> Option<Due> {
         let now = Instant::now();
+        let print = self.print_of_streams();
+        let is_settled = |(before, at): (u64, Instant)| before == print && now - at < LOOK_AGAIN_AFTER;
+        if lane.settled.is_some_and(is_settled) && place.pace.lock().trouble().is_none() {
+            return None;
+        }
         let mut due = Due::default();
-        let mut wanted = 0_usize;
-        let directory = self.shared.directory.read();
-        for stream in directory.iter() {
+        let (mut found, mut is_any_stored) = (0_usize, false);
+        for stream in self.shared.directory.read().iter() {
             let known = stream.known.read();
             if !self.delivery.of_stream(&known.row.cdn).has(place.at) {
                 continue;
             }
             for key in known.keys.values().filter(|key| belongs_at_edges(key.life.state)) {
-                wanted += 1;
-                match rows.get(&key.live.id).map(|row| row.state) {
+                let state = rows.get(&key.live.id).map(|row| row.state);
+                found += usize::from(state.is_some());
+                // Of keys too that were opened since the rows were read.
+                key.live.note_delivered(place.at, state == Some(DeliveryState::Verified));
+                match state {
                     None | Some(DeliveryState::Sending) => due.put.push(Arc::clone(&key.live)),
                     Some(DeliveryState::Stored) => {
+                        is_any_stored = true;
                         if lane.looks.get(&key.live.id).is_none_or(|(at, _)| *at <= now) {
                             due.verify.push(Arc::clone(&key.live));
                         }
@@ -162,32 +245,57 @@ impl Core {
                 }
             }
         }
-        if rows.len() > wanted.saturating_sub(due.put.len()) {
-            due.delete.extend(
-                rows.values()
-                    .filter(|row| {
-                        let Some(stream) = directory.get(&row.stream) else { return true };
-                        let known = stream.known.read();
-                        // What could not be read, or opened, may still be wanted.
-                        if !known.is_read() || known.unopened.contains(&row.ordinal) {
-                            return false;
-                        }
-                        let is_wanted = |state: KeyState| {
-                            belongs_at_edges(state) && self.delivery.of_stream(&known.row.cdn).has(place.at)
-                        };
-                        let of_row = known.keys.get(&row.ordinal).filter(|key| key.live.id == row.key);
-                        !of_row.is_some_and(|key| is_wanted(key.life.state))
-                    })
-                    .map(|row| row.key),
-            );
+        let mut is_any_unheard = false;
+        if rows.len() > found {
+            (due.delete, is_any_unheard) = self.unwanted(place, rows, lane);
         }
-        drop(directory);
+        let is_settled = due.is_empty() && !is_any_stored && !is_any_unheard;
+        lane.settled = is_settled.then_some((print, now));
         // Those that are used next are delivered first.
         due.put.sort_by_key(|key| key.ordinal);
+        // One that is not shown again and again must not be asked for before those that would be.
+        due.verify.sort_by_key(|key| lane.looks.get(&key.id).map(|(_, pause)| *pause));
         due.put.truncate(WORKED_ON_AT_ONCE);
         due.verify.truncate(WORKED_ON_AT_ONCE);
         due.delete.truncate(WORKED_ON_AT_ONCE);
-        due
+        Some(due)
+    }
+
+    /// The keys that have no business at the CDN, and whether there are some of which that is not known yet.
+    fn unwanted(&self, place: &Place, rows: &HashMap<KeyId, DeliveryRow>, lane: &Lane) -> (Vec<KeyId>, bool) {
+        let directory = self.shared.directory.read();
+        let has_heard = *self.shared.news.done.borrow() >= lane.heard_with;
+        let (mut unwanted, mut is_any_unheard) = (Vec::new(), false);
+        for row in rows.values() {
+            let is_wanted = match directory.get(&row.stream).map(|stream| stream.known.read()) {
+                None if has_heard => Some(false),
+                None => None,
+                // What could not be read, or opened, may still be wanted, and so may what another node has made.
+                Some(known) if !known.is_read() || known.unopened.contains(&row.ordinal) => None,
+                Some(known) if row.ordinal >= known.next => None,
+                Some(known) => {
+                    let key = known.keys.get(&row.ordinal).filter(|key| key.live.id == row.key);
+                    let is_delivered = self.delivery.of_stream(&known.row.cdn).has(place.at);
+                    Some(is_delivered && key.is_some_and(|key| belongs_at_edges(key.life.state)))
+                }
+            };
+            match is_wanted {
+                Some(true) => {}
+                Some(false) => unwanted.push(row.key),
+                None => is_any_unheard = true,
+            }
+        }
+        (unwanted, is_any_unheard)
+    }
+
+    /// Changes whenever some stream does. Far cheaper than to go through their keys, which every CDN's lane would do
+    /// each second.
+    fn print_of_streams(&self) -> u64 {
+        let directory = self.shared.directory.read();
+        directory.iter().fold(directory.len() as u64, |print, stream| {
+            let rev = stream.known.read().row.rev;
+            (print ^ rev.cast_unsigned()).wrapping_mul(0x0000_0100_0000_01b3)
+        })
     }
 
     /// Stores keys at the CDN, sealed; in pull mode there is nothing to store, and they are to be verified at once.
@@ -197,25 +305,33 @@ impl Core {
         rows: &mut HashMap<KeyId, DeliveryRow>,
         lane: &mut Lane,
         keys: Vec<Arc<LiveKey>>,
-    ) -> Result<(), Stopped> {
+    ) -> Result<Outcome, StoreError> {
+        let mut outcome = Outcome::default();
         for keys in keys.chunks(place.cdn.cdn.limits().keys_per_call.max(1)) {
-            if place.cdn.mode == DeliveryMode::Push {
+            // Taken back, or gone, since they were looked for: the calls before this one may have taken their time.
+            let is_there = |key: &&Arc<LiveKey>| {
+                key.revoked().is_none() && self.shared.keys.read().contains_key(&key.id)
+            };
+            let keys: Vec<_> = keys.iter().filter(is_there).cloned().collect();
+            if place.cdn.mode == DeliveryMode::Push && !keys.is_empty() {
                 if !place.pace.lock().take(Call::Write, Instant::now()) {
-                    return Ok(());
+                    break;
                 }
-                self.note_delivery(place, rows, keys, DeliveryState::Sending).await?;
+                self.note_delivery(place, rows, &keys, DeliveryState::Sending).await?;
                 fault::point("deliver: before a key is stored at a CDN");
                 let sealed: Vec<_> = keys.iter().filter_map(|key| self.sealed(place, key)).collect();
                 let stored = self.ask(place, "put", place.cdn.cdn.put_keys(&sealed)).await;
-                self.judge_call(place, stored).await?;
+                if !outcome.note(stored) {
+                    break;
+                }
                 fault::point("deliver: stored at a CDN, not noted");
             }
-            self.note_delivery(place, rows, keys, DeliveryState::Stored).await?;
-            for key in keys {
+            self.note_delivery(place, rows, &keys, DeliveryState::Stored).await?;
+            for key in &keys {
                 lane.looks.remove(&key.id);
             }
         }
-        Ok(())
+        Ok(outcome)
     }
 
     /// Notes how far keys are, those of which it is not known yet.
@@ -256,7 +372,8 @@ impl Core {
         rows: &mut HashMap<KeyId, DeliveryRow>,
         lane: &mut Lane,
         keys: Vec<Arc<LiveKey>>,
-    ) -> Result<(), Stopped> {
+    ) -> Result<Outcome, StoreError> {
+        let mut outcome = Outcome::default();
         for keys in keys.chunks(VERIFIED_AT_ONCE) {
             let mut asked = JoinSet::new();
             for key in keys {
@@ -293,31 +410,26 @@ impl Core {
                         failed = Some(error);
                     }
                     if is_late {
+                        row.state = DeliveryState::Sending;
                         row.updated_at = self.now();
                         noted.push(row.clone());
-                        lane.looks.remove(&key.id);
-                        rows.remove(&key.id);
                     }
                     continue;
                 }
                 row.updated_at = self.now();
                 noted.push(row.clone());
             }
-            let outcome = if failed.is_some() { "error" } else { "ok" };
-            self.shared.metrics.cdn_calls.with_label_values(&[&place.cdn.name, "verify", outcome]).inc();
-            let is_any_shown = noted.iter().any(|row| row.state == DeliveryState::Verified);
+            let is_well = if failed.is_some() { "error" } else { "ok" };
+            self.shared.metrics.cdn_calls.with_label_values(&[&place.cdn.name, "verify", is_well]).inc();
+            outcome.is_any_well |= noted.iter().any(|row| row.state == DeliveryState::Verified);
             self.store.put_deliveries(&noted).await?;
             fault::point("deliver: verified");
-            match failed {
-                Some(error) => {
-                    self.note_cdn_failure(place, Call::Write, &error).await;
-                    return Err(Stopped::Cdn);
-                }
-                None if is_any_shown => self.note_cdn_up(place, Call::Write).await,
-                None => {}
+            if failed.is_some() {
+                outcome.failed = failed;
+                break;
             }
         }
-        Ok(())
+        Ok(outcome)
     }
 
     fn look_again(&self, place: &Place, lane: &mut Lane, row: &DeliveryRow) {
@@ -334,15 +446,18 @@ impl Core {
         rows: &mut HashMap<KeyId, DeliveryRow>,
         lane: &mut Lane,
         keys: Vec<KeyId>,
-    ) -> Result<(), Stopped> {
+    ) -> Result<Outcome, StoreError> {
+        let mut outcome = Outcome::default();
         for keys in keys.chunks(place.cdn.cdn.limits().keys_per_call.max(1)) {
             if place.cdn.mode == DeliveryMode::Push {
                 if !place.pace.lock().take(Call::Write, Instant::now()) {
-                    return Ok(());
+                    break;
                 }
                 fault::point("deliver: before a key is taken out of a CDN");
                 let deleted = self.ask(place, "delete", place.cdn.cdn.delete_keys(keys)).await;
-                self.judge_call(place, deleted).await?;
+                if !outcome.note(deleted) {
+                    break;
+                }
                 fault::point("deliver: taken out of a CDN, not noted");
             }
             self.store.drop_deliveries(&place.cdn.name, keys).await?;
@@ -354,20 +469,7 @@ impl Core {
                 }
             }
         }
-        Ok(())
-    }
-
-    async fn judge_call(&self, place: &Place, done: Result<(), CdnError>) -> Result<(), Stopped> {
-        match done {
-            Ok(()) => {
-                self.note_cdn_up(place, Call::Write).await;
-                Ok(())
-            }
-            Err(error) => {
-                self.note_cdn_failure(place, Call::Write, &error).await;
-                Err(Stopped::Cdn)
-            }
-        }
+        Ok(outcome)
     }
 
     fn note_counts(&self, place: &Place, rows: &HashMap<KeyId, DeliveryRow>, due: &Due) {

@@ -8,22 +8,28 @@
 //! lease on sweeping. Deliberately absent: how a vendor is asked (`cdn`).
 
 mod lane;
+mod open;
 mod pace;
 mod purges;
 mod status;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
 
+use self::open::OpenIncidents;
 use self::pace::{Call, Pace};
 use super::worker::Core;
 use crate::cdn::{CdnError, NamedCdn};
 use crate::keys::{CdnSet, Timestamp};
 use crate::store::{CdnRow, CdnStateRow};
 pub use status::{CdnHealth, CdnKeys, CdnStatus, Incident, IncidentAtCdn, KeyAtCdn, SyncState};
+
+/// Lists of endpoints that are remembered; streams mostly share a few.
+const MAX_NAMED: usize = 4_096;
 
 /// What holds for all CDNs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +57,9 @@ impl Default for DeliveryRules {
 pub(super) struct Delivery {
     pub(super) places: Vec<Arc<Place>>,
     pub(super) rules: DeliveryRules,
+    /// Which CDNs lists of endpoints mean: addresses are read once, not at every look at every stream.
+    named: RwLock<HashMap<Vec<String>, CdnSet>>,
+    open: OpenIncidents,
 }
 
 /// One CDN, in its place among all.
@@ -72,7 +81,7 @@ impl Delivery {
         };
         // As many as a set has room for; the configuration takes fewer.
         let places = cdns.into_iter().take(CdnSet::MAX_LEN).enumerate().map(place).collect();
-        Self { places, rules }
+        Self { places, rules, named: RwLock::default(), open: OpenIncidents::default() }
     }
 
     /// The CDNs that a stream is delivered to: those that it names by their edges' addresses, or all.
@@ -80,10 +89,19 @@ impl Delivery {
         if !row.sync_enabled {
             return CdnSet::default();
         }
+        if let Some(set) = self.named.read().get(&row.endpoints) {
+            return *set;
+        }
         let is_named = |place: &&Arc<Place>| {
             row.endpoints.is_empty() || row.endpoints.iter().any(|endpoint| place.cdn.is_at(endpoint))
         };
-        self.places.iter().filter(is_named).fold(CdnSet::default(), |set, place| set.with(place.at))
+        let set =
+            self.places.iter().filter(is_named).fold(CdnSet::default(), |set, place| set.with(place.at));
+        let mut named = self.named.write();
+        if named.len() < MAX_NAMED {
+            named.insert(row.endpoints.clone(), set);
+        }
+        set
     }
 
     /// The addresses that a stream names and no CDN of this shield has.
@@ -94,6 +112,7 @@ impl Delivery {
 
     /// Keys were taken back.
     pub(super) fn wake_purges(&self) {
+        self.open.are_old();
         self.places.iter().for_each(|place| place.new_purges.notify_one());
     }
 
@@ -138,6 +157,16 @@ impl Core {
         if was_failing {
             tracing::info!(cdn = place.cdn.name, "the CDN is back");
             self.store_cdn_state(place).await;
+        }
+    }
+
+    /// Notes that what a CDN has failed at is not asked of it any more.
+    async fn note_nothing_to_do(&self, place: &Place, calls: &[Call]) {
+        for call in calls {
+            let fails = place.pace.lock().fails(*call);
+            if fails {
+                self.note_cdn_up(place, *call).await;
+            }
         }
     }
 

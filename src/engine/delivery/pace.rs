@@ -11,7 +11,7 @@ use crate::keys::Timestamp;
 /// The pause after a first failure; each further one doubles it.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
-/// While revoked keys wait to be let go of, a CDN is tried more often.
+/// While revoked keys wait to be let go of, a CDN is tried more often, and its edge asked more often.
 const LONGEST_PURGE_PAUSE: Duration = Duration::from_secs(30);
 /// A vendor that says when it takes calls again is believed up to this.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3_600);
@@ -48,8 +48,13 @@ impl Bucket {
 /// What a call is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Call {
+    /// Keys are stored or taken out.
     Write,
+    /// The edge is asked whether it has a key that it should.
+    Verify,
     Purge,
+    /// The edge is asked whether it still has what it should not.
+    Probe,
 }
 
 /// Calls of one purpose: how many, and after failures when the next.
@@ -73,7 +78,9 @@ impl Road {
 #[derive(Debug)]
 pub(in crate::engine) struct Pace {
     writes: Road,
+    verifications: Road,
     purges: Road,
+    probes: Road,
     /// Since when, and why.
     trouble: Option<(Timestamp, String)>,
 }
@@ -86,9 +93,12 @@ impl Pace {
             paused_until: None,
             longest_pause,
         };
+        // An edge is asked as players ask it: no rate of the vendor's API counts that.
         Self {
             writes: road(limits.writes, LONGEST_PAUSE),
+            verifications: road(limits.writes, LONGEST_PAUSE),
             purges: road(limits.purges, LONGEST_PURGE_PAUSE),
+            probes: road(limits.purges, LONGEST_PURGE_PAUSE),
             trouble: None,
         }
     }
@@ -96,7 +106,9 @@ impl Pace {
     fn road(&mut self, call: Call) -> &mut Road {
         match call {
             Call::Write => &mut self.writes,
+            Call::Verify => &mut self.verifications,
             Call::Purge => &mut self.purges,
+            Call::Probe => &mut self.probes,
         }
     }
 
@@ -144,7 +156,21 @@ impl Pace {
 
     /// In a row, of whichever purpose has more.
     pub(super) fn failures(&self) -> u32 {
-        self.writes.failures.max(self.purges.failures)
+        let roads = [&self.writes, &self.verifications, &self.purges, &self.probes];
+        roads.map(|road| road.failures).into_iter().max().unwrap_or_default()
+    }
+
+    /// Whether calls of one purpose fail.
+    pub(super) fn fails(&mut self, call: Call) -> bool {
+        self.road(call).failures > 0
+    }
+
+    /// Takes over what another node, or an earlier process, has found, until a call says otherwise.
+    pub(super) fn adopt(&mut self, since: Timestamp, failures: u32, why: String) {
+        if self.trouble.is_none() {
+            self.trouble = Some((since, why));
+            self.writes.failures = failures;
+        }
     }
 
     pub(super) fn failing_since(&self) -> Option<Timestamp> {
@@ -219,6 +245,9 @@ mod tests {
         let mut pace = Pace::new(LIMITS, now);
         pace.fail(Call::Write, &away(), (AT, now), 1.0);
         assert!(!pace.is_paused(Call::Purge, now));
+        pace.fail(Call::Probe, &away(), (AT, now), 1.0);
+        assert!(!pace.is_paused(Call::Purge, now), "nor does an edge that cannot be asked");
+        assert!(!pace.succeed(Call::Probe));
         (0..12).fold(now, |now, _| now + pace.fail(Call::Purge, &away(), (AT, now), 1.0));
         assert_eq!(pace.fail(Call::Purge, &away(), (AT, now), 0.0), LONGEST_PURGE_PAUSE / 2);
         assert!(!pace.succeed(Call::Write), "purges still fail");

@@ -1,7 +1,8 @@
 //! Letting go of keys that were taken back: out of the edge's store, out of every cache, and looked after.
 //!
 //! A revocation's incident is a row, with one for each CDN. Each CDN has a road for these alone, so that a slow lane, or
-//! a slow neighbour, keeps nobody from purging. A purge is repeated when every node has broken off the
+//! a slow neighbour, keeps nobody from purging; and another for asking its edge, so that one that does not answer keeps
+//! no later revocation from being purged. What is next for a row says which of the two works on it. A purge is repeated when every node has broken off the
 //! answers under the old key that were under way: they would be cached behind the first one. Then the edge is asked what it gives out, and
 //! while that is a revoked key, or what was encrypted under one, it is purged again.
 
@@ -23,7 +24,9 @@ use crate::store::{IncidentCdnRow, IncidentRow, PurgeState, StoreError};
 const LAST_PURGE_SLACK: Duration = Duration::from_secs(1);
 /// How often incidents are looked for, and worked on.
 const TICK: Duration = Duration::from_secs(1);
-const TICK_WHILE_OPEN: Duration = Duration::from_millis(100);
+const TICK_WHILE_URGENT: Duration = Duration::from_millis(100);
+/// What is open for longer than this waits for something that takes its time.
+const URGENT_FOR: Duration = Duration::from_secs(60);
 /// What an edge still gives out is purged again after this, and then after twice as long each time.
 const FIRST_PURGE_AGAIN: Duration = Duration::from_secs(2);
 const LAST_PURGE_AGAIN: Duration = Duration::from_secs(60);
@@ -32,8 +35,11 @@ const PROBED_AT_ONCE: usize = 16;
 /// Paths of an incident that the edge is asked for.
 const MAX_PROBES: usize = 16;
 
+/// An incident, and its row of one CDN.
+type Open = (IncidentRow, IncidentCdnRow);
+
 impl Core {
-    /// Works on revocations at one CDN for as long as the process lives.
+    /// Purges what was taken back at one CDN for as long as the process lives.
     pub(in crate::engine) async fn keep_purging(self: Arc<Self>, place: Arc<Place>) {
         let mut tick = TICK;
         loop {
@@ -41,67 +47,85 @@ impl Core {
                 () = tokio::time::sleep(tick) => {}
                 () = place.new_purges.notified() => {}
             }
-            tick = TICK;
-            if !self.holds_lease() || self.is_store_away() {
-                continue;
-            }
-            match self.work_on_incidents(&place).await {
-                Ok(0) => {}
-                Ok(_) => tick = TICK_WHILE_OPEN,
-                Err(error) => {
-                    self.note_if_away(&error);
-                    tracing::debug!(%error, cdn = place.cdn.name, "incidents could not be read or noted");
-                }
+            tick = self.worked(&place, self.purge_what_is_due(&place).await);
+        }
+    }
+
+    /// Asks the edge of one CDN, once it was purged, for as long as the process lives.
+    pub(in crate::engine) async fn keep_probing(self: Arc<Self>, place: Arc<Place>) {
+        let mut tick = TICK;
+        loop {
+            tokio::time::sleep(tick).await;
+            tick = self.worked(&place, self.probe_what_is_due(&place).await);
+        }
+    }
+
+    /// How long to wait after a step at a CDN: it says when the newest revocation was that is open there.
+    fn worked(&self, place: &Place, step: Result<Option<Timestamp>, StoreError>) -> Duration {
+        match step {
+            Ok(Some(newest)) if self.now().since(newest) < URGENT_FOR => TICK_WHILE_URGENT,
+            Ok(_) => TICK,
+            Err(error) => {
+                self.note_if_away(&error);
+                tracing::debug!(%error, cdn = place.cdn.name, "incidents could not be read or noted");
+                TICK
             }
         }
     }
 
-    /// One step for each incident that is open at a CDN; how many there are.
-    async fn work_on_incidents(self: &Arc<Self>, place: &Arc<Place>) -> Result<usize, StoreError> {
-        let incidents = self.store.open_incidents().await?;
-        self.shared.metrics.incidents_open.set(i64::try_from(incidents.len()).unwrap_or(i64::MAX));
-        let mut open: Vec<_> = incidents
-            .into_iter()
-            .filter_map(|mut incident| {
-                let is_ours =
-                    |row: &IncidentCdnRow| row.cdn == place.cdn.name && row.state != PurgeState::Complete;
-                let at = incident.cdns.iter().position(is_ours)?;
-                let row = incident.cdns.swap_remove(at);
-                Some((incident, row))
-            })
-            .collect();
-        if open.is_empty() || place.pace.lock().is_paused(Call::Purge, Instant::now()) {
-            return Ok(open.len());
+    /// What is open at a CDN, if it is this node's to work on.
+    async fn open_at(&self, place: &Place) -> Result<Vec<Open>, StoreError> {
+        if !self.holds_lease() || self.is_store_away() {
+            return Ok(Vec::new());
         }
-        let now = self.now();
-        let (mut to_purge, mut to_probe): (Vec<_>, Vec<_>) = (Vec::new(), Vec::new());
-        for (at, (incident, row)) in open.iter().enumerate() {
-            let settles_within = place.cdn.cdn.limits().settles_within;
-            match next(incident, row, now, (self.last_purge_after(), settles_within)) {
-                Next::Purge => to_purge.push(at),
-                Next::Probe => to_probe.push(at),
-                Next::Wait => {}
-            }
+        let of_place = |incident: &IncidentRow| {
+            let row = incident.cdns.iter().find(|row| row.cdn == place.cdn.name && row.state.is_open())?;
+            Some((incident.clone(), row.clone()))
+        };
+        Ok(self.open_incidents().await?.iter().filter_map(of_place).collect())
+    }
+
+    /// One step for each incident that is to be purged; when the newest was that is open.
+    async fn purge_what_is_due(&self, place: &Place) -> Result<Option<Timestamp>, StoreError> {
+        let mut open = self.open_at(place).await?;
+        let newest = open.iter().map(|(incident, _)| incident.revoked_at).max();
+        if newest.is_none() {
+            // What could not be done is not to be done any more.
+            self.note_nothing_to_do(place, &[Call::Purge, Call::Probe]).await;
         }
-        self.purge(place, &mut open, &to_purge).await?;
-        let to_probe: Vec<_> = to_probe.into_iter().map(|at| open[at].clone()).collect();
-        self.probe(place, to_probe).await?;
-        Ok(open.len())
+        if newest.is_none() || place.pace.lock().is_paused(Call::Purge, Instant::now()) {
+            return Ok(newest);
+        }
+        let due: Vec<_> = (0..open.len()).filter(|at| self.next(place, &open[*at]) == Next::Purge).collect();
+        self.purge(place, &mut open, &due).await?;
+        Ok(newest)
+    }
+
+    /// As [`Self::purge_what_is_due`], of those whose edge is to be asked.
+    async fn probe_what_is_due(self: &Arc<Self>, place: &Arc<Place>) -> Result<Option<Timestamp>, StoreError> {
+        let open = self.open_at(place).await?;
+        let newest = open.iter().map(|(incident, _)| incident.revoked_at).max();
+        if !place.pace.lock().is_paused(Call::Probe, Instant::now()) {
+            let due = open.into_iter().filter(|open| self.next(place, open) == Next::Probe).collect();
+            self.probe(place, due).await?;
+        }
+        Ok(newest)
+    }
+
+    fn next(&self, place: &Place, (incident, row): &Open) -> Next {
+        let settles_within = place.cdn.cdn.limits().settles_within;
+        next(incident, row, self.now(), (self.last_purge_after(), settles_within))
     }
 
     /// When nothing that was under way at a revocation can come to a cache any more: nodes hear of it within the poll
-    /// interval, and then break it off.
+    /// interval and what it takes to read, and then break it off.
     fn last_purge_after(&self) -> Duration {
-        BREAK_OFF_AFTER + self.fleet.poll_interval.max(LAST_PURGE_SLACK)
+        let heard_within = if self.is_alone() { Duration::ZERO } else { self.fleet.poll_interval };
+        BREAK_OFF_AFTER + heard_within + LAST_PURGE_SLACK
     }
 
     /// Purges for several incidents together, in as many calls as the vendor's limits ask for.
-    async fn purge(
-        &self,
-        place: &Place,
-        open: &mut [(IncidentRow, IncidentCdnRow)],
-        which: &[usize],
-    ) -> Result<(), StoreError> {
+    async fn purge(&self, place: &Place, open: &mut [Open], which: &[usize]) -> Result<(), StoreError> {
         let limits = place.cdn.cdn.limits();
         let at_once = limits.tags_per_purge.max(limits.urls_per_purge / MAX_PROBES).max(1);
         let mut which = which.iter().copied().peekable();
@@ -147,7 +171,7 @@ impl Core {
     async fn let_go(
         &self,
         place: &Place,
-        open: &[(IncidentRow, IncidentCdnRow)],
+        open: &[Open],
         batch: &[usize],
         keys: &[KeyId],
     ) -> Result<bool, CdnError> {
@@ -155,19 +179,24 @@ impl Core {
             return Ok(false);
         }
         fault::point("purge: before the CDN is told");
+        let mut deleted = Ok(());
         if place.cdn.mode == DeliveryMode::Push {
             for keys in keys.chunks(place.cdn.cdn.limits().keys_per_call.max(1)) {
                 // Not counted: a key that was taken back waits for no rate of ours.
-                self.ask(place, "delete", place.cdn.cdn.delete_keys(keys)).await?;
+                deleted = self.ask(place, "delete", place.cdn.cdn.delete_keys(keys)).await;
+                if deleted.is_err() {
+                    break;
+                }
             }
         }
+        // Whatever became of its store: the caches are another part of it, and as urgent.
         let purge = self.purge_of(batch.iter().map(|at| &open[*at].0));
         // Where it takes its time, such as CloudFront's invalidations, the connector knows how long that may be.
         let done = place.cdn.cdn.purge(&purge).await;
         let outcome = done.as_ref().map_or_else(|error| error.fault.to_string(), |()| "ok".to_owned());
         self.shared.metrics.cdn_calls.with_label_values(&[&place.cdn.name, "purge", &outcome]).inc();
         fault::point("purge: the CDN was told, not noted");
-        done.map(|()| true)
+        done.and(deleted).map(|()| true)
     }
 
     fn purge_of<'i>(&self, incidents: impl Iterator<Item = &'i IncidentRow>) -> Purge {
@@ -195,7 +224,7 @@ impl Core {
     async fn probe(
         self: &Arc<Self>,
         place: &Arc<Place>,
-        which: Vec<(IncidentRow, IncidentCdnRow)>,
+        which: Vec<Open>,
     ) -> Result<(), StoreError> {
         for some in which.chunks(PROBED_AT_ONCE) {
             let mut asked = JoinSet::new();
@@ -218,10 +247,10 @@ impl Core {
             }
             match failed {
                 Some(error) => {
-                    self.note_cdn_failure(place, Call::Purge, &error).await;
+                    self.note_cdn_failure(place, Call::Probe, &error).await;
                     return Ok(());
                 }
-                None => self.note_cdn_up(place, Call::Purge).await,
+                None => self.note_cdn_up(place, Call::Probe).await,
             }
         }
         Ok(())
@@ -305,7 +334,7 @@ fn next(
 ) -> Next {
     let last = incident.revoked_at.plus(last_purge_after);
     match (row.state, row.purged_at) {
-        (PurgeState::Complete, _) => Next::Wait,
+        (PurgeState::Complete | PurgeState::Abandoned, _) => Next::Wait,
         (PurgeState::Pending, None) => Next::Purge,
         // Something was left: again and again, with pauses that grow.
         (PurgeState::Pending, Some(at)) => {

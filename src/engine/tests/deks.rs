@@ -376,3 +376,19 @@ impl Kms for Hanging {
         self.kms.describe().await
     }
 }
+
+#[tokio::test]
+async fn a_revocation_whose_successor_waits_waits_for_no_kms() {
+    let dir = tempfile::tempdir().unwrap();
+    let kms = LocalKms::open(&dir.path().join("master.key")).unwrap();
+    let hanging = Arc::new(Hanging { kms, hangs: Mutex::new(false) });
+    let rules = DekRules { unwrapped_ttl: Duration::from_millis(100), ..DekRules::default() };
+    let kms = Arc::clone(&hanging) as Arc<dyn Kms>;
+    let node = Node::start_on(dir.path(), Clock::manual(START), Duration::from_millis(20), kms, rules).await;
+    *hanging.hangs.lock() = true;
+    let dek = node.stream().known.read().dek().unwrap().row.id;
+    until(async || node.operator.core.deks.held(dek).is_none()).await;
+    let begun = std::time::Instant::now();
+    node.operator.revoke(&id(), None, "leaked", "sam").await.unwrap();
+    assert!(begun.elapsed() < Duration::from_millis(500), "{:?}", begun.elapsed());
+}

@@ -13,36 +13,47 @@ use crate::keys::{
     CONTENT_SECRET_LEN, CheckValue, ContentSecrets, KeyId, KeyMethod, SealedKey, SyncPolicy, open_at_edge,
 };
 
-const SECRET: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
+pub(super) const SECRET: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 
 /// A CDN in memory, in push mode.
 #[derive(Debug, Default)]
-struct Fake {
-    store: Mutex<HashMap<KeyId, SealedKey>>,
-    calls: Mutex<Vec<String>>,
-    purges: Mutex<Vec<Purge>>,
+pub(super) struct Fake {
+    pub(super) store: Mutex<HashMap<KeyId, SealedKey>>,
+    pub(super) calls: Mutex<Vec<String>>,
+    pub(super) purges: Mutex<Vec<Purge>>,
     /// Every call fails.
-    is_away: Mutex<bool>,
+    pub(super) is_away: Mutex<bool>,
+    /// Calls of this name are refused.
+    pub(super) refused: Mutex<&'static str>,
+    /// Who asks for what is cached gets no answer.
+    pub(super) looks_hang: Mutex<bool>,
+    /// Puts wait for a ring.
+    pub(super) puts_hang: Mutex<Option<Arc<tokio::sync::Notify>>>,
     /// It takes keys, and its answer is lost.
-    is_mute: Mutex<bool>,
+    pub(super) is_mute: Mutex<bool>,
+    /// Every key that was ever stored.
+    pub(super) ever: Mutex<Vec<KeyId>>,
     /// So many looks at its caches still find something.
-    still_cached: Mutex<u32>,
+    pub(super) still_cached: Mutex<u32>,
 }
 
 impl Fake {
     fn call(&self, name: &str) -> Result<(), CdnError> {
         self.calls.lock().push(name.to_owned());
+        if *self.refused.lock() == name {
+            return Err(CdnError::new(CdnFault::Invalid, format!("{name}: 400")));
+        }
         match *self.is_away.lock() {
             true => Err(CdnError::new(CdnFault::Away, format!("{name}: 503"))),
             false => Ok(()),
         }
     }
 
-    fn count(&self, name: &str) -> usize {
+    pub(super) fn count(&self, name: &str) -> usize {
         self.calls.lock().iter().filter(|call| *call == name).count()
     }
 
-    fn has(&self, key: KeyId) -> bool {
+    pub(super) fn has(&self, key: KeyId) -> bool {
         self.store.lock().contains_key(&key)
     }
 }
@@ -64,6 +75,11 @@ impl Cdn for Fake {
     async fn put_keys(&self, keys: &[SealedKey]) -> Result<(), CdnError> {
         self.call("put")?;
         assert!(keys.len() <= 3, "more than the vendor takes");
+        let gate = self.puts_hang.lock().clone();
+        if let Some(gate) = &gate {
+            gate.notified().await;
+        }
+        self.ever.lock().extend(keys.iter().map(|key| key.key));
         self.store.lock().extend(keys.iter().map(|key| (key.key, key.clone())));
         match *self.is_mute.lock() {
             true => Err(CdnError::new(CdnFault::Away, "put: no answer")),
@@ -91,6 +107,9 @@ impl Cdn for Fake {
 
     async fn has_cached(&self, _path: &str, _key: KeyId) -> Result<bool, CdnError> {
         self.call("look")?;
+        if *self.looks_hang.lock() {
+            std::future::pending::<()>().await;
+        }
         let mut left = self.still_cached.lock();
         *left = left.saturating_sub(1);
         Ok(*left > 0)
@@ -108,14 +127,14 @@ impl Cdn for Fake {
 }
 
 /// And the secret of their edges.
-struct Cdns(Vec<Arc<Fake>>, String);
+pub(super) struct Cdns(pub(super) Vec<Arc<Fake>>, pub(super) String);
 
 impl Cdns {
-    fn new(count: usize) -> Self {
+    pub(super) fn new(count: usize) -> Self {
         Self((0..count).map(|_| Arc::default()).collect(), SECRET.to_owned())
     }
 
-    fn named(&self) -> Vec<NamedCdn> {
+    pub(super) fn named(&self) -> Vec<NamedCdn> {
         let named = |(at, fake): (usize, &Arc<Fake>)| NamedCdn {
             name: format!("cdn{at}"),
             kind: "custom",
@@ -127,7 +146,7 @@ impl Cdns {
         self.0.iter().enumerate().map(named).collect()
     }
 
-    async fn node(&self, dir: &Path, clock: Clock, change: impl FnOnce(&mut StreamSpec)) -> Node {
+    pub(super) async fn node(&self, dir: &Path, clock: Clock, change: impl FnOnce(&mut StreamSpec)) -> Node {
         let kms = Arc::new(LocalKms::open(&dir.join("master.key")).unwrap());
         let mut spec = StreamSpec { cdn_sync_enabled: true, ..spec() };
         change(&mut spec);
@@ -138,17 +157,17 @@ impl Cdns {
 
 impl Node {
     /// The stream's keys by their ordinals.
-    async fn key_ids(&self) -> Vec<KeyId> {
+    pub(super) async fn key_ids(&self) -> Vec<KeyId> {
         let mut keys = self.operator.keys(&id(), None, 100).await.unwrap();
         keys.reverse();
         keys.iter().map(|key| key.id).collect()
     }
 
-    async fn in_sync(&self, at: usize) -> bool {
+    pub(super) async fn in_sync(&self, at: usize) -> bool {
         self.operator.cdns().await.unwrap()[at].state == SyncState::InSync
     }
 
-    async fn head(&self) -> u32 {
+    pub(super) async fn head(&self) -> u32 {
         self.operator.stream(&id()).await.unwrap().current_key.unwrap().ordinal.0
     }
 }
@@ -321,7 +340,7 @@ async fn a_revocation_is_complete_when_no_edge_gives_anything_out() {
 
     // What was under way is over: purged again, and looked at. One of them still has something.
     *cdns.0[1].still_cached.lock() = 2;
-    node.clock.advance(Duration::from_secs(4));
+    node.clock.advance(Duration::from_secs(5));
     until(async || incident().await.cdns[0].state == PurgeState::Complete).await;
     until(async || incident().await.cdns[1].last_error.is_some()).await;
     let found = incident().await;
@@ -348,7 +367,7 @@ async fn a_cdn_that_is_away_purges_when_it_is_back_and_the_other_at_once() {
     let at = async |at: usize| node.operator.incident(done.incident.id).await.unwrap().cdns.remove(at);
     until(async || at(1).await.state == PurgeState::Purged).await;
     until(async || at(0).await.last_error.is_some_and(|error| error.contains("503"))).await;
-    node.clock.advance(Duration::from_secs(4));
+    node.clock.advance(Duration::from_secs(5));
     until(async || at(1).await.state == PurgeState::Complete).await;
     *cdns.0[0].is_away.lock() = false;
     until(async || at(0).await.state == PurgeState::Complete).await;

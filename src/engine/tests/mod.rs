@@ -1,5 +1,6 @@
 //! The engine on a real store and a clock that stands still.
 
+mod cdn_troubles;
 mod deks;
 mod delivery;
 mod operators;

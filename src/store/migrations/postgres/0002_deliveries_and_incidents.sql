@@ -22,7 +22,7 @@ CREATE TABLE cdns (
     failing_since     BIGINT,
     failures          BIGINT  NOT NULL,
     last_error        TEXT,
-    -- Which edge secret its keys are sealed under, by a fingerprint. Null where none are.
+    -- Which edge secret its keys are sealed under, by a fingerprint; none: they come from the shield.
     sealed_under      TEXT,
     updated_at        BIGINT  NOT NULL
 );
@@ -49,7 +49,7 @@ CREATE INDEX incidents_by_stream ON incidents (stream_id, id);
 CREATE TABLE incident_cdns (
     incident_id       TEXT    NOT NULL REFERENCES incidents (id),
     cdn               TEXT    NOT NULL,
-    -- pending, purged (and to be looked at), or complete.
+    -- pending, purged (and to be looked at), complete, or abandoned: the configuration has no such CDN any more.
     state             TEXT    NOT NULL,
     purges            BIGINT  NOT NULL,
     purged_at         BIGINT,
