@@ -12,7 +12,7 @@ use super::rows::{json, named, optional_time, parsed, time, unreadable, unsigned
 use crate::fault;
 use crate::keys::{IncidentId, KeyId, Ordinal, StreamId, Timestamp};
 
-/// Incidents that are worked on at once.
+/// Incidents that are worked on at once, for each CDN.
 const MAX_OPEN: i64 = 1_000;
 
 /// A revocation, and what became of it at the CDNs.
@@ -130,12 +130,24 @@ impl IncidentRow {
 }
 
 impl Store {
-    /// Incidents that are not complete, the oldest first.
-    pub async fn open_incidents(&self) -> Result<Vec<IncidentRow>, StoreError> {
+    /// Incidents with which a CDN is not done, the oldest first. What others are not done with is not among them: a CDN
+    /// that stays away, or was given up, hides nothing from the rest.
+    pub async fn open_incidents(&self, cdn: &str) -> Result<Vec<IncidentRow>, StoreError> {
         bounded(async {
-            let sql = "SELECT * FROM incidents WHERE completed_at IS NULL ORDER BY id LIMIT $1";
-            let rows = sqlx::query(sql).bind(MAX_OPEN).fetch_all(&self.pool).await?;
+            let sql = "SELECT i.* FROM incidents AS i JOIN incident_cdns AS c ON c.incident_id = i.id
+                       WHERE i.completed_at IS NULL AND c.cdn = $1 AND c.state <> 'complete'
+                       ORDER BY i.id LIMIT $2";
+            let rows = sqlx::query(sql).bind(cdn).bind(MAX_OPEN).fetch_all(&self.pool).await?;
             self.with_cdns(&rows).await
+        })
+        .await
+    }
+
+    /// How many incidents are not complete.
+    pub async fn count_open_incidents(&self) -> Result<u64, StoreError> {
+        bounded(async {
+            let sql = "SELECT count(*) AS open FROM incidents WHERE completed_at IS NULL";
+            unsigned(&sqlx::query(sql).fetch_one(&self.pool).await?, "open")
         })
         .await
     }

@@ -218,7 +218,7 @@ async fn a_revocation_its_successor_and_its_incident_are_stored_together(databas
         cdns: vec![pending("a"), pending("b")],
     };
     assert_eq!(store.incident(new.id).await.unwrap(), Some(expected.clone()));
-    assert_eq!(store.open_incidents().await.unwrap(), [expected]);
+    assert_eq!(store.open_incidents("a").await.unwrap(), [expected]);
 
     // A successor that is not there takes all of it back.
     let bad = NewIncident { successor: Ordinal(77), ..incident(6, &stream, &[1], &["a"]) };
@@ -256,7 +256,7 @@ async fn an_incident_without_cdns_is_complete_at_once(database: Database) {
     let (store, stream) = with_keys(&database).await;
     let stored = open(&store, &stream, 1, &[]).await;
     assert_eq!((stored.completed_at, stored.cdns), (Some(stored.revoked_at), vec![]));
-    assert_eq!(store.open_incidents().await.unwrap(), []);
+    assert_eq!(store.open_incidents("a").await.unwrap(), []);
 }
 
 async fn a_cdn_goes_forward_alone_and_the_last_completes_the_incident(database: Database) {
@@ -278,6 +278,8 @@ async fn a_cdn_goes_forward_alone_and_the_last_completes_the_incident(database: 
     assert_eq!(cdns().await[0], purged);
     let complete = at_cdn("a", PurgeState::Complete, later(13));
     assert!(!note(&complete).await, "the other one has not");
+    let left = async |cdn| store.open_incidents(cdn).await.unwrap().iter().map(|i| i.id).collect::<Vec<_>>();
+    assert_eq!((left("a").await, left("b").await), (vec![other.id], vec![id]), "each has its own to do");
     assert!(!note(&at_cdn("a", PurgeState::Pending, later(14))).await);
     assert_eq!(cdns().await[0], complete, "what was completed stays so");
     assert!(!note(&at_cdn("c", PurgeState::Complete, later(14))).await, "it is no CDN of this incident");
@@ -285,7 +287,8 @@ async fn a_cdn_goes_forward_alone_and_the_last_completes_the_incident(database: 
     assert!(note(&at_cdn("b", PurgeState::Complete, later(15))).await, "it is the last");
     assert!(!note(&at_cdn("b", PurgeState::Complete, later(16))).await, "once");
     assert_eq!(store.incident(id).await.unwrap().unwrap().completed_at, Some(later(15)));
-    assert_eq!(store.open_incidents().await.unwrap(), [other], "others are not touched");
+    assert_eq!(store.count_open_incidents().await.unwrap(), 1);
+    assert_eq!(store.open_incidents("a").await.unwrap(), [other], "others are not touched");
 }
 
 async fn incidents_come_by_their_age(database: Database) {
@@ -295,7 +298,7 @@ async fn incidents_come_by_their_age(database: Database) {
     for n in [1, 2, 3] {
         all.push(open(&store, &stream, n, &["a", "b"]).await);
     }
-    assert_eq!(store.open_incidents().await.unwrap(), all, "the oldest first");
+    assert_eq!(store.open_incidents("a").await.unwrap(), all, "the oldest first");
     all.reverse();
     let first = store.incidents(None, 2).await.unwrap();
     let second = store.incidents(first.last().map(|last| last.id), 2).await.unwrap();

@@ -54,8 +54,9 @@ impl Core {
 
     /// One step for each incident that is open at a CDN; how many there are.
     async fn work_on_incidents(&self, place: &Place) -> Result<usize, StoreError> {
-        let incidents = self.store.open_incidents().await?;
-        self.shared.metrics.incidents_open.set(i64::try_from(incidents.len()).unwrap_or(i64::MAX));
+        let incidents = self.store.open_incidents(&place.cdn.name).await?;
+        let open = self.store.count_open_incidents().await?;
+        self.shared.metrics.incidents_open.set(i64::try_from(open).unwrap_or(i64::MAX));
         let mut open: Vec<_> = incidents
             .into_iter()
             .filter_map(|mut incident| {
