@@ -201,6 +201,9 @@ impl Store {
     pub async fn note_purge(&self, id: IncidentId, row: &IncidentCdnRow) -> Result<bool, StoreError> {
         repeated(|| async {
             let mut tx = self.begin().await?;
+            // Of CDNs that are done in the same moment, each would wait for the other: one after the other, by this row.
+            let lock = "UPDATE incidents SET completed_at = completed_at WHERE id = $1";
+            sqlx::query(lock).bind(id.to_string()).execute(&mut *tx).await?;
             // Only forward: what another node has completed stays so.
             let sql = "UPDATE incident_cdns
                        SET state = $3, purges = $4, purged_at = $5, last_error = $6, updated_at = $7, completed_at = $8

@@ -24,6 +24,7 @@ conforms!(
     keys_that_another_took_back_meanwhile_leave_the_rest_an_incident,
     an_incident_without_cdns_is_complete_at_once,
     a_cdn_goes_forward_alone_and_the_last_completes_the_incident,
+    of_cdns_that_complete_at_once_one_completes_the_incident,
     incidents_come_by_their_age,
     an_erased_stream_leaves_no_incident,
     a_database_of_the_version_before_keeps_what_it_has,
@@ -289,6 +290,26 @@ async fn a_cdn_goes_forward_alone_and_the_last_completes_the_incident(database: 
     assert_eq!(store.incident(id).await.unwrap().unwrap().completed_at, Some(later(15)));
     assert_eq!(store.count_open_incidents().await.unwrap(), 1);
     assert_eq!(store.open_incidents("a").await.unwrap(), [other], "others are not touched");
+}
+
+async fn of_cdns_that_complete_at_once_one_completes_the_incident(database: Database) {
+    let (store, stream) = with_keys(&database).await;
+    let names = ["a", "b", "c", "d"];
+    for n in [1, 2, 3] {
+        let id = open(&store, &stream, n, &names).await.id;
+        let note = |cdn: &'static str| {
+            let store = store.clone();
+            let row = at_cdn(cdn, PurgeState::Complete, later(20));
+            tokio::spawn(async move { store.note_purge(id, &row).await.unwrap() })
+        };
+        let noted: Vec<_> = names.into_iter().map(note).collect();
+        let mut last = 0;
+        for noted in noted {
+            last += usize::from(noted.await.unwrap());
+        }
+        assert_eq!(last, 1);
+        assert_eq!(store.incident(id).await.unwrap().unwrap().completed_at, Some(later(20)));
+    }
 }
 
 async fn incidents_come_by_their_age(database: Database) {
