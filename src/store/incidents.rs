@@ -13,7 +13,7 @@ use super::rows::{self, named, optional_time, parsed, time, unreadable, unsigned
 use crate::fault;
 use crate::keys::{IncidentId, KeyId, Ordinal, StreamId, Timestamp};
 
-/// Incidents that are worked on at once.
+/// Incidents that are worked on at once, for each CDN.
 const MAX_OPEN: i64 = 1_000;
 
 /// A revocation, and what became of it at the CDNs.
@@ -161,14 +161,45 @@ impl IncidentRow {
 }
 
 impl Store {
-    /// Incidents that are not complete, the oldest first. Where there are too many, those that are left out are the
-    /// oldest: thousands that wait for a CDN that is away must not hide the newest from the others.
-    pub async fn open_incidents(&self) -> Result<Vec<IncidentRow>, StoreError> {
+    /// Incidents with which a CDN is not done, the oldest first. What others are not done with is not among them: a CDN
+    /// that stays away, or was given up, hides nothing from the rest.
+    pub async fn open_incidents(&self, cdn: &str) -> Result<Vec<IncidentRow>, StoreError> {
         bounded(async {
-            let sql = "SELECT * FROM incidents WHERE completed_at IS NULL ORDER BY id DESC LIMIT $1";
-            let mut rows = sqlx::query(sql).bind(MAX_OPEN).fetch_all(&self.pool).await?;
-            rows.reverse();
+            let sql = "SELECT i.* FROM incidents AS i JOIN incident_cdns AS c ON c.incident_id = i.id
+                       WHERE i.completed_at IS NULL AND c.cdn = $1 AND c.state NOT IN ('complete', 'abandoned')
+                       ORDER BY i.id LIMIT $2";
+            let rows = sqlx::query(sql).bind(cdn).bind(MAX_OPEN).fetch_all(&self.pool).await?;
             self.with_cdns(&rows).await
+        })
+        .await
+    }
+
+    /// Of incidents from before a time, what is open at CDNs that are not among these.
+    pub async fn open_elsewhere(
+        &self,
+        cdns: &[&str],
+        before: Timestamp,
+    ) -> Result<Vec<(IncidentId, IncidentCdnRow)>, StoreError> {
+        bounded(async {
+            let sql = super::dialect::both!(
+                self.dialect,
+                "SELECT c.* FROM incidents AS i JOIN incident_cdns AS c ON c.incident_id = i.id
+                 WHERE i.completed_at IS NULL AND c.state NOT IN ('complete', 'abandoned')
+                   AND i.revoked_at <= $2 AND c.cdn NOT IN (" ids ")
+                 ORDER BY i.id LIMIT $3"
+            );
+            let query = sqlx::query(sql).bind(rows::json(&cdns)).bind(before.as_unix_millis()).bind(MAX_OPEN);
+            let read = |row: &AnyRow| Ok((parsed(row, "incident_id")?, IncidentCdnRow::read(row)?));
+            query.fetch_all(&self.pool).await?.iter().map(read).collect()
+        })
+        .await
+    }
+
+    /// How many incidents are not complete.
+    pub async fn count_open_incidents(&self) -> Result<u64, StoreError> {
+        bounded(async {
+            let sql = "SELECT count(*) AS open FROM incidents WHERE completed_at IS NULL";
+            unsigned(&sqlx::query(sql).fetch_one(&self.pool).await?, "open")
         })
         .await
     }

@@ -24,6 +24,7 @@ conforms!(
     keys_that_another_took_back_meanwhile_leave_the_rest_an_incident,
     an_incident_without_cdns_is_complete_at_once,
     a_cdn_goes_forward_alone_and_the_last_completes_the_incident,
+    of_cdns_that_complete_at_once_one_completes_the_incident,
     incidents_come_by_their_age,
     an_erased_stream_leaves_no_incident,
     a_database_of_the_version_before_keeps_what_it_has,
@@ -218,7 +219,7 @@ async fn a_revocation_its_successor_and_its_incident_are_stored_together(databas
         cdns: vec![pending("a"), pending("b")],
     };
     assert_eq!(store.incident(new.id).await.unwrap(), Some(expected.clone()));
-    assert_eq!(store.open_incidents().await.unwrap(), [expected]);
+    assert_eq!(store.open_incidents("a").await.unwrap(), [expected]);
 
     // A successor that is not there takes all of it back.
     let bad = NewIncident { successor: Ordinal(77), ..incident(6, &stream, &[1], &["a"]) };
@@ -256,7 +257,7 @@ async fn an_incident_without_cdns_is_complete_at_once(database: Database) {
     let (store, stream) = with_keys(&database).await;
     let stored = open(&store, &stream, 1, &[]).await;
     assert_eq!((stored.completed_at, stored.cdns), (Some(stored.revoked_at), vec![]));
-    assert_eq!(store.open_incidents().await.unwrap(), []);
+    assert_eq!(store.open_incidents("a").await.unwrap(), []);
 }
 
 async fn a_cdn_goes_forward_alone_and_the_last_completes_the_incident(database: Database) {
@@ -279,6 +280,8 @@ async fn a_cdn_goes_forward_alone_and_the_last_completes_the_incident(database: 
     assert_eq!(cdns().await[0], purged);
     let complete = at_cdn("a", PurgeState::Complete, later(13));
     assert!(!note(&complete).await, "the other one has not");
+    let left = async |cdn| store.open_incidents(cdn).await.unwrap().iter().map(|i| i.id).collect::<Vec<_>>();
+    assert_eq!((left("a").await, left("b").await), (vec![other.id], vec![id]), "each has its own to do");
     assert!(!note(&at_cdn("a", PurgeState::Pending, later(14))).await);
     assert_eq!(cdns().await[0], complete, "what was completed stays so");
     assert!(!note(&at_cdn("c", PurgeState::Complete, later(14))).await, "it is no CDN of this incident");
@@ -286,7 +289,28 @@ async fn a_cdn_goes_forward_alone_and_the_last_completes_the_incident(database: 
     assert!(note(&at_cdn("b", PurgeState::Complete, later(15))).await, "it is the last");
     assert!(!note(&at_cdn("b", PurgeState::Complete, later(16))).await, "once");
     assert_eq!(store.incident(id).await.unwrap().unwrap().completed_at, Some(later(15)));
-    assert_eq!(store.open_incidents().await.unwrap(), [other], "others are not touched");
+    assert_eq!(store.count_open_incidents().await.unwrap(), 1);
+    assert_eq!(store.open_incidents("a").await.unwrap(), [other], "others are not touched");
+}
+
+async fn of_cdns_that_complete_at_once_one_completes_the_incident(database: Database) {
+    let (store, stream) = with_keys(&database).await;
+    let names = ["a", "b", "c", "d"];
+    for n in [1, 2, 3] {
+        let id = open(&store, &stream, n, &names).await.id;
+        let note = |cdn: &'static str| {
+            let store = store.clone();
+            let row = at_cdn(cdn, PurgeState::Complete, later(20));
+            tokio::spawn(async move { store.note_purge(id, &row).await.unwrap() })
+        };
+        let noted: Vec<_> = names.into_iter().map(note).collect();
+        let mut last = 0;
+        for noted in noted {
+            last += usize::from(noted.await.unwrap());
+        }
+        assert_eq!(last, 1);
+        assert_eq!(store.incident(id).await.unwrap().unwrap().completed_at, Some(later(20)));
+    }
 }
 
 async fn incidents_come_by_their_age(database: Database) {
@@ -296,7 +320,7 @@ async fn incidents_come_by_their_age(database: Database) {
     for n in [1, 2, 3] {
         all.push(open(&store, &stream, n, &["a", "b"]).await);
     }
-    assert_eq!(store.open_incidents().await.unwrap(), all, "the oldest first");
+    assert_eq!(store.open_incidents("a").await.unwrap(), all, "the oldest first");
     all.reverse();
     let first = store.incidents(None, 2).await.unwrap();
     let second = store.incidents(first.last().map(|last| last.id), 2).await.unwrap();

@@ -7,8 +7,8 @@
 //! achieved is a row in the store, so that a restart, or another node, goes on. They run on the node that holds the
 //! lease on sweeping. Deliberately absent: how a vendor is asked (`cdn`).
 
+mod gone;
 mod lane;
-mod open;
 mod pace;
 mod purges;
 mod status;
@@ -20,7 +20,6 @@ use std::time::{Duration, Instant};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
 
-use self::open::OpenIncidents;
 use self::pace::{Call, Pace};
 use super::worker::Core;
 use crate::cdn::{CdnError, NamedCdn};
@@ -59,7 +58,6 @@ pub(super) struct Delivery {
     pub(super) rules: DeliveryRules,
     /// Which CDNs lists of endpoints mean: addresses are read once, not at every look at every stream.
     named: RwLock<HashMap<Vec<String>, CdnSet>>,
-    open: OpenIncidents,
 }
 
 /// One CDN, in its place among all.
@@ -81,7 +79,7 @@ impl Delivery {
         };
         // As many as a set has room for; the configuration takes fewer.
         let places = cdns.into_iter().take(CdnSet::MAX_LEN).enumerate().map(place).collect();
-        Self { places, rules, named: RwLock::default(), open: OpenIncidents::default() }
+        Self { places, rules, named: RwLock::default() }
     }
 
     /// The CDNs that a stream is delivered to: those that it names by their edges' addresses, or all.
@@ -112,7 +110,6 @@ impl Delivery {
 
     /// Keys were taken back.
     pub(super) fn wake_purges(&self) {
-        self.open.are_old();
         self.places.iter().for_each(|place| place.new_purges.notify_one());
     }
 

@@ -78,11 +78,12 @@ impl Core {
         if !self.holds_lease() || self.is_store_away() {
             return Ok(Vec::new());
         }
-        let of_place = |incident: &IncidentRow| {
-            let row = incident.cdns.iter().find(|row| row.cdn == place.cdn.name && row.state.is_open())?;
-            Some((incident.clone(), row.clone()))
+        let of_place = |incident: IncidentRow| {
+            let row =
+                incident.cdns.iter().find(|row| row.cdn == place.cdn.name && row.state.is_open())?.clone();
+            Some((incident, row))
         };
-        Ok(self.open_incidents().await?.iter().filter_map(of_place).collect())
+        Ok(self.store.open_incidents(&place.cdn.name).await?.into_iter().filter_map(of_place).collect())
     }
 
     /// One step for each incident that is to be purged; when the newest was that is open.
@@ -102,7 +103,10 @@ impl Core {
     }
 
     /// As [`Self::purge_what_is_due`], of those whose edge is to be asked.
-    async fn probe_what_is_due(self: &Arc<Self>, place: &Arc<Place>) -> Result<Option<Timestamp>, StoreError> {
+    async fn probe_what_is_due(
+        self: &Arc<Self>,
+        place: &Arc<Place>,
+    ) -> Result<Option<Timestamp>, StoreError> {
         let open = self.open_at(place).await?;
         let newest = open.iter().map(|(incident, _)| incident.revoked_at).max();
         if !place.pace.lock().is_paused(Call::Probe, Instant::now()) {
@@ -221,11 +225,7 @@ impl Core {
     }
 
     /// Looks whether the edge has let go, for several incidents at once.
-    async fn probe(
-        self: &Arc<Self>,
-        place: &Arc<Place>,
-        which: Vec<Open>,
-    ) -> Result<(), StoreError> {
+    async fn probe(self: &Arc<Self>, place: &Arc<Place>, which: Vec<Open>) -> Result<(), StoreError> {
         for some in which.chunks(PROBED_AT_ONCE) {
             let mut asked = JoinSet::new();
             for (incident, row) in some.iter().cloned() {
