@@ -301,7 +301,7 @@ async fn of_cdns_that_complete_at_once_one_completes_the_incident(database: Data
         let note = |cdn: &'static str| {
             let store = store.clone();
             let row = at_cdn(cdn, PurgeState::Complete, later(20));
-            tokio::spawn(async move { store.note_purge(id, &row).await.unwrap() })
+            tokio::spawn(async move { !store.note_purges(&[(id, row)]).await.unwrap().is_empty() })
         };
         let noted: Vec<_> = names.into_iter().map(note).collect();
         let mut last = 0;

@@ -232,7 +232,7 @@ async fn what_another_node_has_taken_back_meanwhile_loses_no_incident() {
     store.apply(&[write(revoke(&[0], "kim"))]).await.unwrap();
     let writes = [write(revoke(&[0, 1], "sam")), write(WriteOp::PutIncident(Box::new(incident)))];
     store.apply(&writes).await.unwrap();
-    let open = store.open_incidents().await.unwrap();
+    let open = store.open_incidents("cdn0").await.unwrap();
     assert_eq!(open.len(), 1, "key 1 was taken back here, and CDNs are to be told");
 }
 
