@@ -18,6 +18,7 @@ mod fastly_vcl;
 mod served;
 mod vcl;
 mod whole;
+mod witness;
 
 /// On a runtime of its own.
 pub fn run<T>(test: impl Future<Output = T>) -> T {
