@@ -8,6 +8,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::cdn::caches::{AgentHandle, TOKEN};
 use crate::control_api::tokens;
 use crate::harness::{Running, get, repository};
 use crate::origin::{Answer, Origin};
@@ -21,7 +22,15 @@ const PLAYLIST: &str = "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\na.ts\n#EXT
 #[test]
 fn every_answer_is_as_the_description_says() {
     let origin = Origin::start(|_| Answer::ok(PLAYLIST));
-    let config = format!("[[origins]]\nname = \"main\"\nurls = [\"{}\"]\n{}", origin.url(), tokens());
+    // So that there are CDNs and incidents to answer of.
+    let agent = AgentHandle::start(None, Box::new(|_| Ok(())));
+    let config = format!(
+        "[[origins]]\nname = \"main\"\nurls = [\"{}\"]\n[cdn]\ncustom_token = \"{TOKEN}\"\n\
+         [[cdns]]\nname = \"own\"\nkind = \"custom\"\nedge_url = \"{1}\"\n[cdns.custom]\napi_url = \"{1}\"\n{2}",
+        origin.url(),
+        agent.url(),
+        tokens()
+    );
     let shield = Running::serve(&config);
     let served = get(&format!("{}/api/hls/openapi.json", shield.control));
     assert_eq!((served.status, served.header("content-type")), (200, Some("application/json")));
