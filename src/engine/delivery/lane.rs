@@ -51,6 +51,8 @@ struct Lane {
     looks: HashMap<KeyId, (Instant, Duration)>,
     /// How the streams were when nothing was to be done, and when that was.
     settled: Option<(u64, Instant)>,
+    /// Whether keys are taken out before others are stored: when calls are few, each has its turn.
+    deletes_first: bool,
 }
 
 /// What is to be done.
@@ -144,12 +146,23 @@ impl Core {
         if due.is_empty() {
             return self.see_whether_it_is_back(place).await;
         }
-        let is_paused = |call| place.pace.lock().is_paused(call, Instant::now());
+        let is_paused = |call| place.pace.lock().is_paused(call, self.monotonic());
         if !is_paused(Call::Write) {
-            let mut outcome = self.put(place, rows, lane, due.put).await?;
-            // A store that is full takes keys again when others are out of it.
+            let mut outcome = Outcome::default();
+            let mut deletes = Some(due.delete);
+            if lane.deletes_first
+                && let Some(keys) = deletes.take()
+            {
+                outcome = self.delete(place, rows, lane, keys).await?;
+            }
             if !outcome.is_over() {
-                outcome = outcome.and(self.delete(place, rows, lane, due.delete).await?);
+                outcome = outcome.and(self.put(place, rows, lane, due.put).await?);
+            }
+            // A store that is full takes keys again when others are out of it.
+            if !outcome.is_over()
+                && let Some(keys) = deletes
+            {
+                outcome = outcome.and(self.delete(place, rows, lane, keys).await?);
             }
             self.judge(place, Call::Write, outcome).await;
         }
@@ -173,7 +186,7 @@ impl Core {
         let is_failing = {
             let mut pace = place.pace.lock();
             (pace.fails(Call::Write) || pace.fails(Call::Verify))
-                && !pace.is_paused(Call::Write, Instant::now())
+                && !pace.is_paused(Call::Write, self.monotonic())
         };
         if is_failing {
             match self.ask(place, "health", place.cdn.cdn.health()).await {
@@ -215,7 +228,7 @@ impl Core {
 
     /// What is to be done; `None` while all is as it was when nothing was.
     fn look(&self, place: &Place, rows: &HashMap<KeyId, DeliveryRow>, lane: &mut Lane) -> Option<Due> {
-        let now = Instant::now();
+        let now = self.monotonic();
         let print = self.print_of_streams();
         let is_settled = |(before, at): (u64, Instant)| before == print && now - at < LOOK_AGAIN_AFTER;
         if lane.settled.is_some_and(is_settled) && place.pace.lock().trouble().is_none() {
@@ -314,9 +327,10 @@ impl Core {
             };
             let keys: Vec<_> = keys.iter().filter(is_there).cloned().collect();
             if place.cdn.mode == DeliveryMode::Push && !keys.is_empty() {
-                if !place.pace.lock().take(Call::Write, Instant::now()) {
+                if !place.pace.lock().take(Call::Write, self.monotonic()) {
                     break;
                 }
+                lane.deletes_first = true;
                 self.note_delivery(place, rows, &keys, DeliveryState::Sending).await?;
                 fault::point("deliver: before a key is stored at a CDN");
                 let sealed: Vec<_> = keys.iter().filter_map(|key| self.sealed(place, key)).collect();
@@ -436,7 +450,7 @@ impl Core {
         let before = lane.looks.get(&row.key).map_or(FIRST_LOOK_AGAIN / 2, |(_, pause)| *pause);
         let pause = (before * 2).min(LAST_LOOK_AGAIN);
         tracing::debug!(cdn = place.cdn.name, key = %row.key, ?pause, "the edge does not show the key yet");
-        lane.looks.insert(row.key, (Instant::now() + pause, pause));
+        lane.looks.insert(row.key, (self.monotonic() + pause, pause));
     }
 
     /// Takes keys out of the CDN's store.
@@ -450,9 +464,10 @@ impl Core {
         let mut outcome = Outcome::default();
         for keys in keys.chunks(place.cdn.cdn.limits().keys_per_call.max(1)) {
             if place.cdn.mode == DeliveryMode::Push {
-                if !place.pace.lock().take(Call::Write, Instant::now()) {
+                if !place.pace.lock().take(Call::Write, self.monotonic()) {
                     break;
                 }
+                lane.deletes_first = false;
                 fault::point("deliver: before a key is taken out of a CDN");
                 let deleted = self.ask(place, "delete", place.cdn.cdn.delete_keys(keys)).await;
                 if !outcome.note(deleted) {

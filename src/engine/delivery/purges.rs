@@ -7,7 +7,7 @@
 //! while that is a revoked key, or what was encrypted under one, it is purged again.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::task::JoinSet;
 
@@ -94,7 +94,7 @@ impl Core {
             // What could not be done is not to be done any more.
             self.note_nothing_to_do(place, &[Call::Purge, Call::Probe]).await;
         }
-        if newest.is_none() || place.pace.lock().is_paused(Call::Purge, Instant::now()) {
+        if newest.is_none() || place.pace.lock().is_paused(Call::Purge, self.monotonic()) {
             return Ok(newest);
         }
         let due: Vec<_> = (0..open.len()).filter(|at| self.next(place, &open[*at]) == Next::Purge).collect();
@@ -109,7 +109,7 @@ impl Core {
     ) -> Result<Option<Timestamp>, StoreError> {
         let open = self.open_at(place).await?;
         let newest = open.iter().map(|(incident, _)| incident.revoked_at).max();
-        if !place.pace.lock().is_paused(Call::Probe, Instant::now()) {
+        if !place.pace.lock().is_paused(Call::Probe, self.monotonic()) {
             let due = open.into_iter().filter(|open| self.next(place, open) == Next::Probe).collect();
             self.probe(place, due).await?;
         }
@@ -179,14 +179,19 @@ impl Core {
         batch: &[usize],
         keys: &[KeyId],
     ) -> Result<bool, CdnError> {
-        if !place.pace.lock().take(Call::Purge, Instant::now()) {
-            return Ok(false);
+        {
+            let (mut pace, now) = (place.pace.lock(), self.monotonic());
+            let is_push = place.cdn.mode == DeliveryMode::Push;
+            if (is_push && pace.is_scarce(Call::Write, now)) || !pace.take(Call::Purge, now) {
+                return Ok(false);
+            }
         }
         fault::point("purge: before the CDN is told");
         let mut deleted = Ok(());
         if place.cdn.mode == DeliveryMode::Push {
             for keys in keys.chunks(place.cdn.cdn.limits().keys_per_call.max(1)) {
-                // Not counted: a key that was taken back waits for no rate of ours.
+                // A key that was taken back waits for no rate of ours.
+                place.pace.lock().note(Call::Write, self.monotonic());
                 deleted = self.ask(place, "delete", place.cdn.cdn.delete_keys(keys)).await;
                 if deleted.is_err() {
                     break;

@@ -95,14 +95,7 @@ impl Cdn for Fake {
 
     async fn verify(&self, key: KeyId) -> Result<KeySeen, CdnError> {
         self.call("verify")?;
-        let Some(sealed) = self.store.lock().get(&key).cloned() else { return Ok(KeySeen::Missing) };
-        let Ok((_, bytes)) = open_at_edge(&SECRET.parse().unwrap(), &sealed) else {
-            return Ok(KeySeen::Missing);
-        };
-        let mut random = [0; CONTENT_SECRET_LEN];
-        random[..bytes.len()].copy_from_slice(&bytes);
-        let content = ContentSecrets::from_random(KeyMethod::Aes128, &random).content;
-        Ok(KeySeen::Has(CheckValue::of(key, &content)))
+        Ok(self.store.lock().get(&key).map_or(KeySeen::Missing, shown))
     }
 
     async fn has_cached(&self, _path: &str, _key: KeyId) -> Result<bool, CdnError> {
@@ -124,6 +117,15 @@ impl Cdn for Fake {
     async fn health(&self) -> Result<(), CdnError> {
         self.call("health")
     }
+}
+
+/// What an edge says of a key; it misses what does not open there.
+pub(super) fn shown(sealed: &SealedKey) -> KeySeen {
+    let Ok((_, bytes)) = open_at_edge(&SECRET.parse().unwrap(), sealed) else { return KeySeen::Missing };
+    let mut random = [0; CONTENT_SECRET_LEN];
+    random[..bytes.len()].copy_from_slice(&bytes);
+    let content = ContentSecrets::from_random(KeyMethod::Aes128, &random).content;
+    KeySeen::Has(CheckValue::of(sealed.key, &content))
 }
 
 /// And the secret of their edges.
