@@ -115,21 +115,33 @@ impl CustomCdn {
     }
 }
 
-/// What of a purge an agent understands. Nothing that it should take away is silently left.
+/// What of a purge an agent understands. Nothing that it should take away is silently left. By tags it finds all that is
+/// meant and nothing else: where it knows them, paths and prefixes, which stand in for them, are left out.
 fn understood(purge: &Purge, can: Capabilities) -> Option<Purge> {
+    if can.tags && !purge.tags.is_empty() {
+        return Some(Purge { tags: purge.tags.clone(), ..Purge::default() });
+    }
     let taken = |can: bool, what: &[String]| if can { what.to_vec() } else { Vec::new() };
-    let left = Purge {
-        tags: taken(can.tags, &purge.tags),
-        paths: taken(can.paths, &purge.paths),
-        prefixes: taken(can.prefixes, &purge.prefixes),
-    };
-    // Paths and prefixes stand in for tags, and prefixes for paths.
-    let tags_are_covered =
-        left.tags.len() == purge.tags.len() || !left.paths.is_empty() || !left.prefixes.is_empty();
-    let paths_are_covered = left.paths.len() == purge.paths.len() || has_any(&left.tags, &left.prefixes);
-    let prefixes_are_covered =
-        left.prefixes.len() == purge.prefixes.len() || has_any(&left.tags, &left.paths);
-    (tags_are_covered && paths_are_covered && prefixes_are_covered).then_some(left)
+    let (paths, prefixes) = (taken(can.paths, &purge.paths), taken(can.prefixes, &purge.prefixes));
+    let tags_are_covered = purge.tags.is_empty() || has_any(&paths, &prefixes);
+    // And each for the other.
+    let is_covered =
+        |left: &[String], of: &[String], other: &[String]| left.len() == of.len() || !other.is_empty();
+    let paths_are_covered = is_covered(&paths, &purge.paths, &prefixes);
+    let prefixes_are_covered = is_covered(&prefixes, &purge.prefixes, &paths);
+    let is_covered = tags_are_covered && paths_are_covered && prefixes_are_covered;
+    is_covered.then_some(Purge { tags: Vec::new(), paths, prefixes })
+}
+
+/// In as many calls as its lists ask for.
+fn in_calls(purge: &Purge) -> impl Iterator<Item = Purge> {
+    let part = |of: &[String], at: usize| of.chunks(ITEMS_PER_CALL).nth(at).unwrap_or_default().to_vec();
+    let longest = purge.tags.len().max(purge.paths.len()).max(purge.prefixes.len());
+    (0..longest.div_ceil(ITEMS_PER_CALL)).map(move |at| Purge {
+        tags: part(&purge.tags, at),
+        paths: part(&purge.paths, at),
+        prefixes: part(&purge.prefixes, at),
+    })
 }
 
 fn has_any(some: &[String], others: &[String]) -> bool {
@@ -176,7 +188,10 @@ impl Cdn for CustomCdn {
         let Some(understood) = understood(purge, can) else {
             return Err(self.lacks("cannot purge by what is to be purged"));
         };
-        self.api.purge(&understood).await
+        for call in in_calls(&understood) {
+            self.api.purge(&call).await?;
+        }
+        Ok(())
     }
 
     async fn health(&self) -> Result<(), CdnError> {
