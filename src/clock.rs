@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::keys::Timestamp;
 
@@ -30,6 +30,18 @@ impl Clock {
                 Timestamp::from_unix_millis(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
             }
             Clock::Manual(millis) => Timestamp::from_unix_millis(millis.load(Ordering::SeqCst)),
+        }
+    }
+
+    /// What pauses and rates are measured by: it never goes back. A manual clock's goes on by itself too, so that whatever
+    /// waits ends, and is moved on with the clock.
+    pub fn monotonic(&self) -> Instant {
+        match self {
+            Clock::System => Instant::now(),
+            Clock::Manual(millis) => {
+                let moved = u64::try_from(millis.load(Ordering::SeqCst)).unwrap_or_default();
+                Instant::now() + Duration::from_millis(moved)
+            }
         }
     }
 

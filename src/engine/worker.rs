@@ -266,6 +266,10 @@ impl Core {
         self.shared.clock.now()
     }
 
+    pub(super) fn monotonic(&self) -> Instant {
+        self.shared.clock.monotonic()
+    }
+
     pub(super) fn is_alone(&self) -> bool {
         self.fleet.is_alone
     }

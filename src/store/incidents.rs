@@ -3,6 +3,8 @@
 //! An incident is stored with the revocation itself (`apply`), so there is none without the other. It is kept until its
 //! stream is erased.
 
+use std::collections::HashMap;
+
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
@@ -130,12 +132,26 @@ impl IncidentRow {
 }
 
 impl Store {
-    /// Incidents that are not complete, the oldest first.
-    pub async fn open_incidents(&self) -> Result<Vec<IncidentRow>, StoreError> {
+    /// Incidents that are not complete at a CDN, the oldest first, a page of them: those of others hold up nobody.
+    pub async fn open_incidents_at(&self, cdn: &str) -> Result<Vec<IncidentRow>, StoreError> {
         bounded(async {
-            let sql = "SELECT * FROM incidents WHERE completed_at IS NULL ORDER BY id LIMIT $1";
-            let rows = sqlx::query(sql).bind(MAX_OPEN).fetch_all(&self.pool).await?;
+            let sql = "SELECT * FROM incidents AS i
+                       WHERE completed_at IS NULL
+                         AND EXISTS (SELECT 1 FROM incident_cdns AS c
+                                     WHERE c.incident_id = i.id AND c.cdn = $2 AND c.state <> 'complete')
+                       ORDER BY id LIMIT $1";
+            let rows = sqlx::query(sql).bind(MAX_OPEN).bind(cdn).fetch_all(&self.pool).await?;
             self.with_cdns(&rows).await
+        })
+        .await
+    }
+
+    /// How many incidents are not complete.
+    pub async fn count_open_incidents(&self) -> Result<u64, StoreError> {
+        bounded(async {
+            let sql = "SELECT count(*) AS open FROM incidents WHERE completed_at IS NULL";
+            let row = sqlx::query(sql).fetch_one(&self.pool).await?;
+            Ok(u64::try_from(row.try_get::<i64, _>("open")?).unwrap_or_default())
         })
         .await
     }
@@ -176,42 +192,36 @@ impl Store {
             self.dialect,
             "SELECT * FROM incident_cdns WHERE incident_id IN (" ids ") ORDER BY cdn"
         );
+        let places: HashMap<_, _> =
+            incidents.iter().enumerate().map(|(at, incident)| (incident.id, at)).collect();
         for row in sqlx::query(sql).bind(ids).fetch_all(&self.pool).await? {
             let of: IncidentId = parsed(&row, "incident_id")?;
-            if let Some(incident) = incidents.iter_mut().find(|incident| incident.id == of) {
-                incident.cdns.push(IncidentCdnRow::read(&row)?);
+            if let Some(at) = places.get(&of) {
+                incidents[*at].cdns.push(IncidentCdnRow::read(&row)?);
             }
         }
         Ok(incidents)
     }
 
-    /// Notes how far a CDN is with an incident; when it is the last, the incident is complete. Returns whether it is.
-    pub async fn note_purge(&self, id: IncidentId, row: &IncidentCdnRow) -> Result<bool, StoreError> {
+    /// Notes how far a CDN is with incidents, in the order of their IDs; one of which it is the last CDN is complete.
+    /// Returns those.
+    pub async fn note_purges(
+        &self,
+        rows: &[(IncidentId, IncidentCdnRow)],
+    ) -> Result<Vec<IncidentId>, StoreError> {
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
         repeated(|| async {
             let mut tx = self.begin().await?;
-            // Only forward: what another node has completed stays so.
-            let sql = "UPDATE incident_cdns
-                       SET state = $3, purges = $4, purged_at = $5, last_error = $6, updated_at = $7, completed_at = $8
-                       WHERE incident_id = $1 AND cdn = $2 AND state <> 'complete'";
-            fault::point("purge: before it is noted");
-            let query = sqlx::query(sql)
-                .bind(id.to_string())
-                .bind(&row.cdn)
-                .bind(row.state.name())
-                .bind(i64::from(row.purges))
-                .bind(row.purged_at.map(Timestamp::as_unix_millis))
-                .bind(&row.last_error)
-                .bind(row.updated_at.as_unix_millis())
-                .bind(row.completed_at.map(Timestamp::as_unix_millis));
-            query.execute(&mut *tx).await?;
-            let sql = "UPDATE incidents SET completed_at = $2
-                       WHERE id = $1 AND completed_at IS NULL
-                         AND NOT EXISTS (SELECT 1 FROM incident_cdns AS c
-                                         WHERE c.incident_id = $1 AND c.state <> 'complete')";
-            let query = sqlx::query(sql).bind(id.to_string()).bind(row.updated_at.as_unix_millis());
-            let is_complete = query.execute(&mut *tx).await?.rows_affected() > 0;
+            let mut complete = Vec::new();
+            for (id, row) in rows {
+                if note_purge(&mut tx, *id, row).await? {
+                    complete.push(*id);
+                }
+            }
             commit(tx, "purge: before the commit", "purge: noted").await?;
-            Ok(is_complete)
+            Ok(complete)
         })
         .await
     }
@@ -254,4 +264,35 @@ impl Store {
         }
         Ok(true)
     }
+}
+
+/// Returns whether the incident is complete by it.
+async fn note_purge(tx: &mut Tx, id: IncidentId, row: &IncidentCdnRow) -> Result<bool, StoreError> {
+    // One CDN after the other: two that complete at once would each see the other open, and nobody the last.
+    let sql = "UPDATE incidents SET completed_at = completed_at WHERE id = $1";
+    sqlx::query(sql).bind(id.to_string()).execute(&mut **tx).await?;
+    // Only forward: what another node has completed stays so.
+    let sql = "UPDATE incident_cdns
+               SET state = $3, purges = $4, purged_at = $5, last_error = $6, updated_at = $7, completed_at = $8
+               WHERE incident_id = $1 AND cdn = $2 AND state <> 'complete'";
+    fault::point("purge: before it is noted");
+    let query = sqlx::query(sql)
+        .bind(id.to_string())
+        .bind(&row.cdn)
+        .bind(row.state.name())
+        .bind(i64::from(row.purges))
+        .bind(row.purged_at.map(Timestamp::as_unix_millis))
+        .bind(&row.last_error)
+        .bind(row.updated_at.as_unix_millis())
+        .bind(row.completed_at.map(Timestamp::as_unix_millis));
+    query.execute(&mut **tx).await?;
+    if row.state != PurgeState::Complete {
+        return Ok(false);
+    }
+    let sql = "UPDATE incidents SET completed_at = $2
+               WHERE id = $1 AND completed_at IS NULL
+                 AND NOT EXISTS (SELECT 1 FROM incident_cdns AS c
+                                 WHERE c.incident_id = $1 AND c.state <> 'complete')";
+    let query = sqlx::query(sql).bind(id.to_string()).bind(row.updated_at.as_unix_millis());
+    Ok(query.execute(&mut **tx).await?.rows_affected() > 0)
 }

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use keyshield::keys::{
-    Boundary, DekId, DekVersion, Edge, IvMode, KeyId, KeyMethod, KeyState, MediaSequenceNumber, Ordinal,
-    Policy, Reason, StreamId, Timestamp,
+    Boundary, DekId, DekVersion, Edge, IncidentId, IvMode, KeyId, KeyMethod, KeyState, MediaSequenceNumber,
+    Ordinal, Policy, Reason, StreamId, Timestamp,
 };
 use keyshield::store::{
-    Applied, BoundaryRow, CdnRow, DekCursor, DekRow, KeyLife, KeyRow, Lease, Location, Registered,
-    RenditionRow, Replaced, Served, Store, StoreError, StoredStream, StreamRow, StreamState, Write, WriteOp,
+    Applied, BoundaryRow, CdnRow, DekCursor, DekRow, IncidentCdnRow, KeyLife, KeyRow, Lease, Location,
+    NewIncident, PurgeState, Registered, RenditionRow, Replaced, Served, Store, StoreError, StoredStream,
+    StreamRow, StreamState, Write, WriteOp,
 };
 use serde_json::json;
 use sqlx::{Connection, Executor, PgConnection};
@@ -83,6 +84,7 @@ conforms!(
     a_key_goes_through_its_states_once_and_in_their_order,
     a_promotion_takes_the_keys_before_it_along,
     a_revoked_key_has_its_successor_and_reason,
+    an_incident_is_complete_when_its_last_cdn_is_even_if_both_are_the_last,
     a_destroyed_key_leaves_no_bytes_and_no_boundary_but_the_last,
     a_key_that_was_named_of_late_is_not_destroyed,
     writes_of_several_streams_are_all_stored_or_none,
@@ -348,6 +350,53 @@ async fn a_revoked_key_has_its_successor_and_reason(database: Database) {
     assert_eq!((life.successor, life.transition_until), (Some(Ordinal(1)), Some(later(15))));
     assert_eq!(apply(&store, &stream, revoke).await, Applied::Changed(0), "revoked once");
     assert_eq!(apply(&store, &stream, destroy(0, NOW)).await, Applied::Changed(1));
+}
+
+async fn an_incident_is_complete_when_its_last_cdn_is_even_if_both_are_the_last(database: Database) {
+    let (store, stream) = database.with_stream().await;
+    let keys: Vec<_> = (0..20).map(|n| key(n + 10, u32::from(n))).collect();
+    put(&store, &stream, &keys).await;
+    for (n, key) in (0..19).zip(&keys) {
+        let ordinal = Ordinal(u32::from(n));
+        let incident = NewIncident {
+            id: IncidentId::from_bytes([n + 1; 16]),
+            stream: stream.clone(),
+            reason: "leaked".into(),
+            actor: "sec".into(),
+            revoked_at: NOW,
+            transition_until: later(8),
+            successor: ordinal.next(),
+            keys: vec![key.id],
+            paths: vec!["/live/1.ts".into()],
+            cdns: vec!["a".into(), "b".into()],
+        };
+        let revoke = WriteOp::Revoke {
+            ordinals: vec![ordinal],
+            successor: ordinal.next(),
+            reason: "leaked".into(),
+            actor: "sec".into(),
+            at: NOW,
+            transition_until: later(8),
+        };
+        let ops = vec![revoke, WriteOp::PutIncident(Box::new(incident.clone()))];
+        store.apply(&writes(&stream, ops)).await.unwrap();
+        let done = |cdn: &str| IncidentCdnRow {
+            cdn: cdn.into(),
+            state: PurgeState::Complete,
+            purges: 2,
+            purged_at: Some(NOW),
+            last_error: None,
+            updated_at: later(4),
+            completed_at: Some(later(4)),
+        };
+        let (a, b) = ([(incident.id, done("a"))], [(incident.id, done("b"))]);
+        assert_eq!(store.open_incidents_at("b").await.unwrap().len(), 1, "the others are over");
+        let (a, b) = tokio::join!(store.note_purges(&a), store.note_purges(&b));
+        assert_eq!([a.unwrap(), b.unwrap()].concat(), [incident.id], "one of them was the last");
+        assert_eq!(store.incident(incident.id).await.unwrap().unwrap().completed_at, Some(later(4)));
+    }
+    assert_eq!(store.count_open_incidents().await.unwrap(), 0);
+    assert_eq!(store.open_incidents_at("a").await.unwrap(), []);
 }
 
 async fn a_destroyed_key_leaves_no_bytes_and_no_boundary_but_the_last(database: Database) {

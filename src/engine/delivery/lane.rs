@@ -42,6 +42,8 @@ struct Lane {
     rows: Option<HashMap<KeyId, DeliveryRow>>,
     /// Of keys that are stored and not shown: when to look again, and how long that pause was.
     looks: HashMap<KeyId, (Instant, Duration)>,
+    /// Whether keys are taken out before others are stored: when calls are few, each has its turn.
+    deletes_first: bool,
 }
 
 /// What is to be done.
@@ -96,7 +98,7 @@ impl Core {
         };
         let due = self.look(place, &rows, lane);
         self.note_counts(place, &rows, &due);
-        let done = if place.pace.lock().is_paused(Call::Write, Instant::now()) {
+        let done = if place.pace.lock().is_paused(Call::Write, self.monotonic()) {
             Ok(())
         } else {
             self.work(place, &mut rows, lane, due).await
@@ -112,6 +114,11 @@ impl Core {
         lane: &mut Lane,
         due: Due,
     ) -> Result<(), Stopped> {
+        if lane.deletes_first {
+            self.delete(place, rows, lane, due.delete).await?;
+            self.put(place, rows, lane, due.put).await?;
+            return self.verify(place, rows, lane, due.verify).await;
+        }
         self.put(place, rows, lane, due.put).await?;
         self.verify(place, rows, lane, due.verify).await?;
         self.delete(place, rows, lane, due.delete).await
@@ -135,7 +142,7 @@ impl Core {
     }
 
     fn look(&self, place: &Place, rows: &HashMap<KeyId, DeliveryRow>, lane: &mut Lane) -> Due {
-        let now = Instant::now();
+        let now = self.monotonic();
         let mut due = Due::default();
         let mut wanted = 0_usize;
         let directory = self.shared.directory.read();
@@ -195,9 +202,10 @@ impl Core {
     ) -> Result<(), Stopped> {
         for keys in keys.chunks(place.cdn.cdn.limits().keys_per_call.max(1)) {
             if place.cdn.mode == DeliveryMode::Push {
-                if !place.pace.lock().take(Call::Write, Instant::now()) {
+                if !place.pace.lock().take(Call::Write, self.monotonic()) {
                     return Ok(());
                 }
+                lane.deletes_first = true;
                 fault::point("deliver: before a key is stored at a CDN");
                 let sealed: Vec<_> = keys.iter().filter_map(|key| self.sealed(place, key)).collect();
                 let stored = self.ask(place, "put", place.cdn.cdn.put_keys(&sealed)).await;
@@ -307,7 +315,7 @@ impl Core {
         let before = lane.looks.get(&row.key).map_or(FIRST_LOOK_AGAIN / 2, |(_, pause)| *pause);
         let pause = (before * 2).min(LAST_LOOK_AGAIN);
         tracing::debug!(cdn = place.cdn.name, key = %row.key, ?pause, "the edge does not show the key yet");
-        lane.looks.insert(row.key, (Instant::now() + pause, pause));
+        lane.looks.insert(row.key, (self.monotonic() + pause, pause));
     }
 
     /// Takes keys out of the CDN's store.
@@ -320,9 +328,10 @@ impl Core {
     ) -> Result<(), Stopped> {
         for keys in keys.chunks(place.cdn.cdn.limits().keys_per_call.max(1)) {
             if place.cdn.mode == DeliveryMode::Push {
-                if !place.pace.lock().take(Call::Write, Instant::now()) {
+                if !place.pace.lock().take(Call::Write, self.monotonic()) {
                     return Ok(());
                 }
+                lane.deletes_first = false;
                 fault::point("deliver: before a key is taken out of a CDN");
                 let deleted = self.ask(place, "delete", place.cdn.cdn.delete_keys(keys)).await;
                 self.judge_call(place, deleted).await?;

@@ -13,7 +13,7 @@ mod purges;
 mod status;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -65,9 +65,8 @@ pub(super) struct Place {
 
 impl Delivery {
     pub(super) fn new(cdns: Vec<NamedCdn>, rules: DeliveryRules) -> Self {
-        let now = Instant::now();
         let place = |(at, cdn): (usize, NamedCdn)| {
-            let pace = Mutex::new(Pace::new(cdn.cdn.limits(), now));
+            let pace = Mutex::new(Pace::new(cdn.cdn.limits()));
             Arc::new(Place { at, cdn, pace, new_purges: Notify::new() })
         };
         // As many as a set has room for; the configuration takes fewer.
@@ -146,7 +145,7 @@ impl Core {
         let jitter = f64::from(u16::from_be_bytes(*crate::entropy::random::<2>())) / f64::from(u16::MAX);
         let (pause, failures) = {
             let mut pace = place.pace.lock();
-            let pause = pace.fail(call, error, (self.now(), Instant::now()), jitter);
+            let pause = pace.fail(call, error, (self.now(), self.monotonic()), jitter);
             (pause, pace.failures())
         };
         let cdn = &place.cdn.name;

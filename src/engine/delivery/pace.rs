@@ -3,6 +3,7 @@
 //! Time comes in as an argument. What is counted here is counted by this process: the lease sees to it that no other
 //! one delivers meanwhile.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use crate::cdn::{CdnError, CdnLimits, Rate};
@@ -16,32 +17,66 @@ const LONGEST_PURGE_PAUSE: Duration = Duration::from_secs(30);
 /// A vendor that says when it takes calls again is believed up to this.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3_600);
 
-/// Calls that may be made, which come back with time.
-#[derive(Debug, Clone)]
-struct Bucket {
+/// The calls of one purpose within a rate's time, whenever that begins: vendors count so, or in periods of which nobody
+/// knows the beginning.
+#[derive(Debug)]
+struct Window {
     rate: Rate,
-    left: f64,
-    at: Instant,
+    /// The oldest first.
+    made: VecDeque<Instant>,
+    /// When one was made that asked for no right.
+    noted: Option<Instant>,
+    /// Whether calls are to be had evenly: the first half as they are asked for, the others with pauses. Otherwise who has
+    /// made them all waits for as long as the rate's time, which is an hour at some vendor.
+    is_spread: bool,
 }
 
-impl Bucket {
-    fn full(rate: Rate, now: Instant) -> Self {
-        Self { rate, left: f64::from(rate.calls), at: now }
-    }
-
-    fn refill(&mut self, now: Instant) {
-        let share = now.saturating_duration_since(self.at).as_secs_f64() / self.rate.per.as_secs_f64();
-        self.left = (self.left + share * f64::from(self.rate.calls)).min(f64::from(self.rate.calls));
-        self.at = now;
-    }
-
-    fn take(&mut self, now: Instant) -> bool {
-        self.refill(now);
-        let may = self.left >= 1.0;
-        if may {
-            self.left -= 1.0;
+impl Window {
+    fn forget_old(&mut self, now: Instant) {
+        while self.made.front().is_some_and(|first| now.saturating_duration_since(*first) >= self.rate.per) {
+            self.made.pop_front();
         }
-        may
+    }
+
+    /// Takes the right to one call, if it is there.
+    fn take(&mut self, now: Instant) -> bool {
+        self.forget_old(now);
+        let calls = usize::try_from(self.rate.calls).unwrap_or(usize::MAX);
+        // What is spread leaves a tenth to what is not asked for: see `note`.
+        let (usual, at_once) = if self.is_spread { (calls - calls / 10, calls / 2) } else { (calls, calls) };
+        let made = self.made.len();
+        if made >= usual {
+            return false;
+        }
+        if made >= at_once
+            && let Some(last) = self.made.back()
+        {
+            let others = u32::try_from(usual - at_once).unwrap_or(u32::MAX).max(1);
+            if now.saturating_duration_since(*last) < self.rate.per / others {
+                return false;
+            }
+        }
+        self.made.push_back(now);
+        true
+    }
+
+    /// Whether a call that asks for no right should nevertheless come later, with what there is to do by then: half of
+    /// all are made, and another of its kind was the last a moment ago.
+    fn is_scarce(&mut self, now: Instant) -> bool {
+        self.forget_old(now);
+        let half = (self.rate.calls / 2).max(1);
+        let is_recent = |noted: Instant| now.saturating_duration_since(noted) < self.rate.per / half;
+        self.made.len() >= usize::try_from(half).unwrap_or(usize::MAX) && self.noted.is_some_and(is_recent)
+    }
+
+    /// Notes a call that asked for no right: those that come later make room for it.
+    fn note(&mut self, now: Instant) {
+        self.noted = Some(now);
+        self.forget_old(now);
+        if self.made.len() >= usize::try_from(self.rate.calls).unwrap_or(usize::MAX) {
+            self.made.pop_front();
+        }
+        self.made.push_back(now);
     }
 }
 
@@ -55,7 +90,7 @@ pub(super) enum Call {
 /// Calls of one purpose: how many, and after failures when the next.
 #[derive(Debug)]
 struct Road {
-    bucket: Bucket,
+    window: Window,
     /// In a row.
     failures: u32,
     /// Until when the CDN is left alone.
@@ -79,16 +114,17 @@ pub(in crate::engine) struct Pace {
 }
 
 impl Pace {
-    pub(super) fn new(limits: CdnLimits, now: Instant) -> Self {
-        let road = |rate, longest_pause| Road {
-            bucket: Bucket::full(rate, now),
+    pub(super) fn new(limits: CdnLimits) -> Self {
+        let road = |rate, is_spread, longest_pause| Road {
+            window: Window { rate, made: VecDeque::new(), noted: None, is_spread },
             failures: 0,
             paused_until: None,
             longest_pause,
         };
         Self {
-            writes: road(limits.writes, LONGEST_PAUSE),
-            purges: road(limits.purges, LONGEST_PURGE_PAUSE),
+            writes: road(limits.writes, true, LONGEST_PAUSE),
+            // Few, and all of them wanted at once.
+            purges: road(limits.purges, false, LONGEST_PURGE_PAUSE),
             trouble: None,
         }
     }
@@ -107,7 +143,17 @@ impl Pace {
 
     /// Takes the right to one call.
     pub(super) fn take(&mut self, call: Call, now: Instant) -> bool {
-        self.road(call).bucket.take(now)
+        self.road(call).window.take(now)
+    }
+
+    /// Whether a call that waits for no rate of ours should wait for others to go with.
+    pub(super) fn is_scarce(&mut self, call: Call, now: Instant) -> bool {
+        self.road(call).window.is_scarce(now)
+    }
+
+    /// Notes a call that waits for no rate of ours, but counts at the vendor.
+    pub(super) fn note(&mut self, call: Call, now: Instant) {
+        self.road(call).window.note(now);
     }
 
     /// Notes a success; whether there was trouble before, and is none any more.
@@ -177,27 +223,60 @@ mod tests {
     }
 
     #[test]
-    fn no_more_calls_are_made_than_a_rate_allows() {
+    fn no_more_calls_are_made_than_a_rate_allows_whenever_one_begins_to_count() {
         let start = Instant::now();
-        let mut pace = Pace::new(LIMITS, start);
-        let mut made = 0;
+        let mut pace = Pace::new(LIMITS);
+        let mut made = Vec::new();
         for tenth in 0..600 {
             let now = start + Duration::from_millis(tenth * 100);
             while pace.take(Call::Write, now) {
-                made += 1;
+                made.push(now);
             }
         }
-        // 60 s at two a second, and the ten that could be saved up.
-        assert!((128..=130).contains(&made), "{made}");
+        let is_within = |first: Instant, at: Instant| at >= first && at < first + LIMITS.writes.per;
+        let within = |first: &Instant| made.iter().filter(|at| is_within(*first, **at)).count();
+        let most = made.iter().map(within).max().unwrap();
+        // A tenth is left, and the clock ticks past where pauses end.
+        assert!((8..=9).contains(&most), "{most} within the rate's time");
+        assert!((60..=108).contains(&made.len()), "{} in a minute", made.len());
+        let longest = made.windows(2).map(|two| two[1] - two[0]).max();
+        assert!(longest < Some(Duration::from_secs(2)), "nobody waits for long: {longest:?}");
+    }
+
+    #[test]
+    fn purges_are_counted_by_themselves_and_all_to_be_had_at_once() {
+        let start = Instant::now();
+        let mut pace = Pace::new(LIMITS);
+        while pace.take(Call::Write, start) {}
         assert!(pace.take(Call::Purge, start) && pace.take(Call::Purge, start));
-        assert!(!pace.take(Call::Purge, start + Duration::from_secs(29)), "purges are counted by themselves");
-        assert!(pace.take(Call::Purge, start + Duration::from_secs(31)));
+        assert!(!pace.take(Call::Purge, start + Duration::from_secs(59)));
+        assert!(pace.take(Call::Purge, start + Duration::from_secs(60)));
+    }
+
+    #[test]
+    fn what_waits_for_no_rate_is_made_room_for() {
+        let start = Instant::now();
+        let mut pace = Pace::new(LIMITS);
+        (0..20).for_each(|_| pace.note(Call::Write, start));
+        assert!(!pace.take(Call::Write, start + Duration::from_millis(4_999)));
+        assert!(pace.take(Call::Write, start + Duration::from_secs(5)));
+    }
+
+    #[test]
+    fn who_waits_for_no_rate_shares_calls_when_they_are_scarce() {
+        let start = Instant::now();
+        let mut pace = Pace::new(LIMITS);
+        while pace.take(Call::Write, start) {}
+        assert!(!pace.is_scarce(Call::Write, start), "the first goes at once, whatever was stored before");
+        pace.note(Call::Write, start);
+        assert!(pace.is_scarce(Call::Write, start + Duration::from_millis(999)));
+        assert!(!pace.is_scarce(Call::Write, start + Duration::from_secs(1)));
     }
 
     #[test]
     fn pauses_grow_to_a_bound_and_end_with_a_success() {
         let start = Instant::now();
-        let mut pace = Pace::new(LIMITS, start);
+        let mut pace = Pace::new(LIMITS);
         let mut now = start;
         let mut pauses = Vec::new();
         for _ in 0..12 {
@@ -216,7 +295,7 @@ mod tests {
     #[test]
     fn keys_that_fail_hold_up_no_purge() {
         let now = Instant::now();
-        let mut pace = Pace::new(LIMITS, now);
+        let mut pace = Pace::new(LIMITS);
         pace.fail(Call::Write, &away(), (AT, now), 1.0);
         assert!(!pace.is_paused(Call::Purge, now));
         (0..12).fold(now, |now, _| now + pace.fail(Call::Purge, &away(), (AT, now), 1.0));
@@ -228,7 +307,7 @@ mod tests {
     #[test]
     fn calls_that_fail_together_are_one_failure() {
         let now = Instant::now();
-        let mut pace = Pace::new(LIMITS, now);
+        let mut pace = Pace::new(LIMITS);
         for _ in 0..20 {
             pace.fail(Call::Write, &away(), (AT, now), 1.0);
         }
@@ -242,7 +321,7 @@ mod tests {
             retry_after: Some(Duration::from_secs(secs)),
             ..CdnError::new(CdnFault::RateLimited, "slow down")
         };
-        let mut pace = Pace::new(LIMITS, now);
+        let mut pace = Pace::new(LIMITS);
         assert_eq!(pace.fail(Call::Purge, &limited(90), (AT, now), 0.5), Duration::from_secs(90));
         assert_eq!(pace.fail(Call::Purge, &limited(999_999), (AT, now), 0.5), LONGEST_RETRY_AFTER);
     }

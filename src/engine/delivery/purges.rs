@@ -6,7 +6,9 @@
 //! while that is a revoked key, or what was encrypted under one, it is purged again.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::task::JoinSet;
 
 use super::Place;
 use super::pace::Call;
@@ -25,6 +27,8 @@ const TICK_WHILE_OPEN: Duration = Duration::from_millis(100);
 /// What an edge still gives out is purged again after this, and then after twice as long each time.
 const FIRST_PURGE_AGAIN: Duration = Duration::from_secs(2);
 const LAST_PURGE_AGAIN: Duration = Duration::from_secs(60);
+/// Incidents for which the edge is asked at once.
+const PROBED_AT_ONCE: usize = 32;
 /// Paths of an incident that the edge is asked for.
 const MAX_PROBES: usize = 16;
 
@@ -53,9 +57,10 @@ impl Core {
     }
 
     /// One step for each incident that is open at a CDN; how many there are.
-    async fn work_on_incidents(&self, place: &Place) -> Result<usize, StoreError> {
-        let incidents = self.store.open_incidents().await?;
-        self.shared.metrics.incidents_open.set(i64::try_from(incidents.len()).unwrap_or(i64::MAX));
+    async fn work_on_incidents(self: &Arc<Self>, place: &Arc<Place>) -> Result<usize, StoreError> {
+        let incidents = self.store.open_incidents_at(&place.cdn.name).await?;
+        let all = self.store.count_open_incidents().await?;
+        self.shared.metrics.incidents_open.set(i64::try_from(all).unwrap_or(i64::MAX));
         let mut open: Vec<_> = incidents
             .into_iter()
             .filter_map(|mut incident| {
@@ -66,7 +71,7 @@ impl Core {
                 Some((incident, row))
             })
             .collect();
-        if open.is_empty() || place.pace.lock().is_paused(Call::Purge, Instant::now()) {
+        if open.is_empty() || place.pace.lock().is_paused(Call::Purge, self.monotonic()) {
             return Ok(open.len());
         }
         let now = self.now();
@@ -80,11 +85,12 @@ impl Core {
             }
         }
         self.purge(place, &mut open, &to_purge).await?;
-        for at in to_probe {
-            let (incident, row) = &mut open[at];
-            self.probe(place, incident, row).await?;
-        }
-        Ok(open.len())
+        let still_open = open.len();
+        // The others have their turn in the next step: whoever is taken back now does not wait for them.
+        to_probe.truncate(PROBED_AT_ONCE);
+        let to_probe = open.into_iter().enumerate().filter(|(at, _)| to_probe.contains(at));
+        self.probe(place, to_probe.map(|(_, open)| open)).await?;
+        Ok(still_open)
     }
 
     /// When nothing that was under way at a revocation can come to a cache any more: nodes hear of it within the poll
@@ -113,6 +119,7 @@ impl Core {
             }
             let done = self.let_go(place, open, &batch, &keys).await;
             let now = self.now();
+            let mut noted = Vec::with_capacity(batch.len());
             for at in &batch {
                 let (incident, row) = &mut open[*at];
                 row.updated_at = now;
@@ -127,8 +134,9 @@ impl Core {
                     Ok(false) => return Ok(()),
                     Err(error) => row.last_error = Some(error.to_string()),
                 }
-                self.store.note_purge(incident.id, row).await?;
+                noted.push((incident.id, row.clone()));
             }
+            self.store.note_purges(&noted).await?;
             if let Err(error) = done {
                 self.note_cdn_failure(place, Call::Purge, &error).await;
                 return Ok(());
@@ -147,13 +155,18 @@ impl Core {
         batch: &[usize],
         keys: &[KeyId],
     ) -> Result<bool, CdnError> {
-        if !place.pace.lock().take(Call::Purge, Instant::now()) {
-            return Ok(false);
+        {
+            let (mut pace, now) = (place.pace.lock(), self.monotonic());
+            let is_push = place.cdn.mode == DeliveryMode::Push;
+            if (is_push && pace.is_scarce(Call::Write, now)) || !pace.take(Call::Purge, now) {
+                return Ok(false);
+            }
         }
         fault::point("purge: before the CDN is told");
         if place.cdn.mode == DeliveryMode::Push {
             for keys in keys.chunks(place.cdn.cdn.limits().keys_per_call.max(1)) {
-                // Not counted: a key that was taken back waits for no rate of ours.
+                // A key that was taken back waits for no rate of ours.
+                place.pace.lock().note(Call::Write, self.monotonic());
                 self.ask(place, "delete", place.cdn.cdn.delete_keys(keys)).await?;
             }
         }
@@ -187,15 +200,42 @@ impl Core {
         format!("{}{key}", self.delivery.rules.key_path)
     }
 
-    /// Looks whether the edge has let go.
+    /// Looks whether the edge has let go, for several incidents at once.
     async fn probe(
+        self: &Arc<Self>,
+        place: &Arc<Place>,
+        open: impl Iterator<Item = (IncidentRow, IncidentCdnRow)>,
+    ) -> Result<(), StoreError> {
+        let mut asked = JoinSet::new();
+        for (incident, row) in open {
+            fault::point("purge: before the edge is asked");
+            let (core, place) = (Arc::clone(self), Arc::clone(place));
+            asked.spawn(async move {
+                let found = core.what_is_left(&place, &incident).await;
+                (incident, row, found)
+            });
+        }
+        let mut noted = Vec::new();
+        while let Some(joined) = asked.join_next().await {
+            // A look that broke off is done again.
+            let Ok((incident, mut row, found)) = joined else { continue };
+            self.judge_probe(place, &incident, &mut row, found).await;
+            noted.push((incident.id, row));
+        }
+        noted.sort_by_key(|(id, _)| *id);
+        for incident in self.store.note_purges(&noted).await? {
+            tracing::warn!(%incident, "every CDN has let go of the revoked keys");
+        }
+        Ok(())
+    }
+
+    async fn judge_probe(
         &self,
         place: &Place,
         incident: &IncidentRow,
         row: &mut IncidentCdnRow,
-    ) -> Result<(), StoreError> {
-        fault::point("purge: before the edge is asked");
-        let found = self.what_is_left(place, incident).await;
+        found: Result<Option<String>, CdnError>,
+    ) {
         row.updated_at = self.now();
         match found {
             Ok(None) => {
@@ -218,11 +258,6 @@ impl Core {
                 self.note_cdn_failure(place, Call::Purge, &error).await;
             }
         }
-        let is_complete = self.store.note_purge(incident.id, row).await?;
-        if is_complete {
-            tracing::warn!(incident = %incident.id, stream = %incident.stream, "every CDN has let go of the revoked keys");
-        }
-        Ok(())
     }
 
     /// What the edge still gives out, in words.

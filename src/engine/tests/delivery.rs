@@ -13,7 +13,7 @@ use crate::keys::{
     CONTENT_SECRET_LEN, CheckValue, ContentSecrets, KeyId, KeyMethod, SealedKey, SyncPolicy, open_at_edge,
 };
 
-const SECRET: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
+pub(super) const SECRET: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 
 /// A CDN in memory, in push mode.
 #[derive(Debug, Default)]
@@ -74,12 +74,7 @@ impl Cdn for Fake {
 
     async fn verify(&self, key: KeyId) -> Result<KeySeen, CdnError> {
         self.call("verify")?;
-        let Some(sealed) = self.store.lock().get(&key).cloned() else { return Ok(KeySeen::Missing) };
-        let (_, bytes) = open_at_edge(&SECRET.parse().unwrap(), &sealed).unwrap();
-        let mut random = [0; CONTENT_SECRET_LEN];
-        random[..bytes.len()].copy_from_slice(&bytes);
-        let content = ContentSecrets::from_random(KeyMethod::Aes128, &random).content;
-        Ok(KeySeen::Has(CheckValue::of(key, &content)))
+        Ok(self.store.lock().get(&key).map_or(KeySeen::Missing, shown))
     }
 
     async fn has_cached(&self, _path: &str, _key: KeyId) -> Result<bool, CdnError> {
@@ -98,6 +93,15 @@ impl Cdn for Fake {
     async fn health(&self) -> Result<(), CdnError> {
         self.call("health")
     }
+}
+
+/// What an edge that opens it says of a key.
+pub(super) fn shown(sealed: &SealedKey) -> KeySeen {
+    let (_, bytes) = open_at_edge(&SECRET.parse().unwrap(), sealed).unwrap();
+    let mut random = [0; CONTENT_SECRET_LEN];
+    random[..bytes.len()].copy_from_slice(&bytes);
+    let content = ContentSecrets::from_random(KeyMethod::Aes128, &random).content;
+    KeySeen::Has(CheckValue::of(sealed.key, &content))
 }
 
 struct Cdns(Vec<Arc<Fake>>);

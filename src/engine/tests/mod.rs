@@ -2,6 +2,7 @@
 
 mod deks;
 mod delivery;
+mod limits;
 mod operators;
 mod policies;
 
@@ -59,6 +60,19 @@ impl Node {
         cdns: Vec<NamedCdn>,
         spec: StreamSpec,
     ) -> Self {
+        let sweep_interval = Duration::from_millis(1);
+        Self::start_streams(dir, clock, (poll_interval, kms, rules), cdns, vec![spec], sweep_interval).await
+    }
+
+    /// As [`Self::start_with`], with many streams, and sweeping so often.
+    async fn start_streams(
+        dir: &Path,
+        clock: Clock,
+        (poll_interval, kms, rules): (Duration, Arc<dyn Kms>, DekRules),
+        cdns: Vec<NamedCdn>,
+        specs: Vec<StreamSpec>,
+        sweep_interval: Duration,
+    ) -> Self {
         let (engine, seat) = Engine::new(clock.clone(), Metrics::new());
         let store = Store::open(&Location::Sqlite(dir.join("keyshield.db")), 4).await.unwrap();
         let kms = Arc::new(Keyring::of("local", kms));
@@ -66,13 +80,12 @@ impl Node {
             node: hex::encode(&crate::entropy::random::<8>()[..]),
             is_alone: false,
             poll_interval,
-            sweep_interval: Duration::from_millis(1),
+            sweep_interval,
             lease: Duration::from_millis(400),
         };
-        let worker =
-            Worker::load(seat, store, kms, rules, fleet, (cdns, DeliveryRules::default()), vec![spec])
-                .await
-                .unwrap();
+        let worker = Worker::load(seat, store, kms, rules, fleet, (cdns, DeliveryRules::default()), specs)
+            .await
+            .unwrap();
         let operator = worker.operator();
         let sweeps = tokio::spawn(worker.run());
         Self { engine, operator, clock, sweeps }
