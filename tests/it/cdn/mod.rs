@@ -9,6 +9,7 @@ mod cloudflare_workerd;
 mod custom;
 mod documented;
 mod whole;
+mod witness;
 
 /// On a runtime of its own.
 pub fn run<T>(test: impl Future<Output = T>) -> T {

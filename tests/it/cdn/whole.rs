@@ -1,22 +1,25 @@
 //! The shield as it is meant to stand: two nodes on one PostgreSQL behind two CDNs of an operator's own, and viewers who
-//! play through the CDNs while time rotates the keys.
+//! play through the CDNs while time rotates the keys, and while a key that leaked is taken back.
 //!
 //! One CDN is varnish, which tells objects apart by their query, the other nginx, which does not. Half of the viewers play
 //! through either: hls.js in Chromium and ffmpeg, which has to decode every picture.
 //!
 //! Deliberately absent: who publishes what, which is the fleet's own test.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::caches::{Nginx, Varnish};
+use super::witness::Witness;
+use crate::control_api::{call, call_at, tokens};
 use crate::fleet::{Fleet, Player, ROTATION_INTERVAL, Store};
 use crate::fleet_origin::Media;
-use crate::harness::{fetch_segments, free_port, get, pause, repository, secs_from};
+use crate::harness::{fetch_segments, free_port, get, pause, repository, secs_from, wait_at_most, wait_for};
 use crate::postgres::Postgres;
 
 /// Viewers by ffmpeg at either CDN; the stream with a limit of segments and one without are among theirs.
@@ -25,6 +28,9 @@ const FFMPEGS: usize = 3;
 const PAGES: usize = 2;
 /// Of what a page should have shown. Browsers take their time to start.
 const PLAYED_AT_LEAST: f64 = 0.75;
+
+/// Who comes when all is over.
+const NEWCOMER_PLAYS: Duration = Duration::from_secs(8);
 
 /// Two nodes with a CDN before each other's.
 pub struct Whole {
@@ -135,4 +141,81 @@ fn ten_viewers_play_through_two_cdns_over_rotations() {
     let intervals = duration.as_secs() / ROTATION_INTERVAL.as_secs();
     println!("{rotated} rotations in {duration:?}");
     assert!(rotated >= (intervals * FFMPEGS as u64) as f64, "{rotated}");
+}
+
+/// Both, as CDNs of the shield's own configuration, and who may call it.
+fn connected(varnish: &Varnish, nginx: &Nginx) -> String {
+    let cdn = |name: &str, edge_url: String, api_url: String| {
+        format!(
+            "[[cdns]]\nname = \"{name}\"\nkind = \"custom\"\nedge_url = \"{edge_url}\"\n\
+             [cdns.custom]\napi_url = \"{api_url}\"\n"
+        )
+    };
+    let token = format!("[cdn]\ncustom_token = \"{}\"\n", varnish.token());
+    let varnish = cdn("varnish", varnish.edge_url(), varnish.agent_url());
+    token + &varnish + &cdn("nginx", nginx.edge_url(), nginx.agent_url()) + &tokens()
+}
+
+/// The answer to a revocation may take so long, and all that follows.
+const ANSWERED_WITHIN: Duration = Duration::from_secs(10);
+const COMPLETE_WITHIN: Duration = Duration::from_secs(60);
+
+/// Takes back every key of the first stream, by a call of a node that does not deliver, and gives their IDs when all CDNs
+/// are said to have let go of them.
+fn revoke(whole: &Whole) -> BTreeSet<String> {
+    let called = &whole.fleet.nodes[1];
+    let started = Instant::now();
+    let answer = call(called, "POST", "/s00/emergency-revoke", json!({ "reason": "found on a forum" })).ok();
+    let answered = started.elapsed();
+    assert!(answered < ANSWERED_WITHIN, "{answered:?}");
+    let ids = answer["revokedKeys"].as_array().unwrap().iter().map(|key| key["keyId"].as_str().unwrap());
+    let revoked: BTreeSet<String> = ids.map(str::to_owned).collect();
+    println!("answered in {} ms, {} keys", answered.as_millis(), revoked.len());
+
+    let is_gone = |at: &str| revoked.iter().all(|key| get(&format!("{at}/api/hls/keys/{key}")).status == 410);
+    assert!(is_gone(&called.url), "at the node that answered");
+    for at in [&whole.fleet.nodes[0].url].into_iter().chain(&whole.edges()) {
+        wait_for("410", || is_gone(at).then_some(()));
+        println!("410 at {at} after {} ms", started.elapsed().as_millis());
+    }
+    let status_url = answer["statusUrl"].as_str().unwrap();
+    let mut done = BTreeSet::new();
+    wait_at_most(COMPLETE_WITHIN, "the end of the incident", || {
+        let incident = call_at("admin", called, "GET", status_url, &Value::Null).ok();
+        for cdn in incident["cdns"].as_array().unwrap().iter().filter(|cdn| cdn["status"] == "complete") {
+            if done.insert(cdn["cdn"].to_string()) {
+                println!("{} has let go after {:.1} s: {cdn}", cdn["cdn"], started.elapsed().as_secs_f64());
+            }
+        }
+        (incident["status"] == "complete").then_some(())
+    });
+    println!("complete after {:.1} s", started.elapsed().as_secs_f64());
+    revoked
+}
+
+#[test]
+fn a_leaked_key_is_taken_back_at_two_cdns_while_ten_viewers_play() {
+    let duration = secs_from("WHOLE_SECS", 50);
+    let whole = Whole::start(FFMPEGS, duration + Duration::from_secs(30), connected);
+    let witness = Witness::new(&whole.edges(), 0, &whole.fleet.origin.media);
+    let viewers = Viewers::start(&whole, duration);
+    let revoked = witness.during(|| {
+        // Caches have what is played, and browsers have started.
+        pause(duration / 2);
+        whole.edges().iter().for_each(|edge| check_it_is_cached(edge));
+        revoke(&whole)
+    });
+    witness.check_playlists(&revoked);
+    let newcomers: Vec<_> = whole
+        .edges()
+        .iter()
+        .map(|edge| Player::start(&format!("{edge}{}", Media::master_path(0)), NEWCOMER_PLAYS))
+        .collect();
+    for (edge, given) in whole.edges().iter().zip(witness.check_nothing_is_left(&revoked)) {
+        println!("{edge}: {given:?}");
+        assert!(given.hits >= given.answers / 4 && given.decrypted > 0, "{given:?}");
+    }
+    witness.check_playlists(&revoked);
+    newcomers.into_iter().for_each(Player::finish);
+    viewers.finish(duration);
 }
