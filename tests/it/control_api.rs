@@ -324,7 +324,9 @@ fn a_rotation_promotes_the_next_key_and_is_in_the_history() {
     let rotation = call_as("operator", &shield, "POST", "/ch1/rotate", &Value::Null).ok();
     assert_eq!(rotation["streamId"], "ch1");
     assert_eq!(rotation["previousKey"]["keyId"], first["keyId"]);
-    assert_eq!(rotation["cdnSync"], json!({"status": "disabled", "endpoints": []}));
+    // The stream names it, and this shield is not connected to it.
+    let unmanaged = json!([{"endpoint": "https://cdn1.example.com", "status": "unmanaged", "error": null}]);
+    assert_eq!(rotation["cdnSync"], json!({"status": "disabled", "endpoints": unmanaged}));
     let key = &rotation["key"];
     assert_eq!((&key["ordinal"], &key["state"]), (&json!(1), &json!("active")));
     assert_eq!((&key["activatedFor"], &key["activatedBy"]), (&json!("manual"), &json!("the-operator")));
