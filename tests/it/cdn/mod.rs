@@ -8,6 +8,7 @@ mod cloudflare_worker;
 mod cloudflare_workerd;
 mod custom;
 mod documented;
+mod troubles;
 mod whole;
 mod witness;
 
