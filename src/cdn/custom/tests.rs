@@ -137,6 +137,29 @@ async fn in_pull_mode_no_key_is_stored() {
 }
 
 #[tokio::test]
+async fn who_knows_tags_is_told_nothing_else_and_lists_are_as_long_as_the_document_says() {
+    let server = Server::but(|_| None).await;
+    let cdn = server.cdn(DeliveryMode::Pull);
+    let many = |what: &str| (0..250).map(|n| format!("{what}{n}")).collect::<Vec<_>>();
+    let bodies = || -> Vec<serde_json::Value> {
+        let asked = std::mem::take(&mut *server.asked.lock());
+        let purges = asked.iter().filter(|(what, _)| what.starts_with("POST "));
+        purges.map(|(_, body)| serde_json::from_slice(body).unwrap()).collect()
+    };
+    let all = Purge { tags: many("tag"), paths: many("/a"), prefixes: many("/b") };
+    for (purge, kinds) in [
+        (all.clone(), [[100, 100, 50], [0; 3], [0; 3]]),
+        (Purge { tags: Vec::new(), ..all }, [[0; 3], [100, 100, 50], [100, 100, 50]]),
+    ] {
+        cdn.purge(&purge).await.unwrap();
+        let bodies = bodies();
+        let lengths = ["tags", "paths", "prefixes"]
+            .map(|kind| bodies.iter().map(|body| body[kind].as_array().unwrap().len()).collect::<Vec<_>>());
+        assert_eq!(lengths, kinds);
+    }
+}
+
+#[tokio::test]
 async fn a_purge_names_what_the_agent_understands_and_fails_where_something_would_stay() {
     let paths_alone = |asked: &str| {
         (asked == "GET /agent/healthz").then(|| r#"{"status":"ok","capabilities":["paths"]}"#.into_response())

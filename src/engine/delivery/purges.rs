@@ -355,12 +355,11 @@ fn next(
                 Next::Wait
             }
         }
-        (PurgeState::Purged, _) => {
-            if now >= incident.revoked_at.plus(settles_within) {
-                Next::Probe
-            } else {
-                Next::Wait
-            }
+        (PurgeState::Purged, purged_at) => {
+            // Told at once, and once more when it was time: it has known since the revocation. Otherwise since it was told.
+            let in_time = |at: &Timestamp| row.purges >= 2 && *at < last.plus(LAST_PURGE_SLACK);
+            let known_since = purged_at.filter(|at| !in_time(at)).unwrap_or(incident.revoked_at);
+            if now >= known_since.plus(settles_within) { Next::Probe } else { Next::Wait }
         }
     }
 }
@@ -422,6 +421,10 @@ mod tests {
     fn an_edge_is_asked_when_it_should_have_settled() {
         check(PurgeState::Purged, &[20, 4_010], 59_999, 60, Next::Wait);
         check(PurgeState::Purged, &[20, 4_010], 60_000, 60, Next::Probe);
+        // One that was away then has not begun to.
+        check(PurgeState::Purged, &[90_000], 149_999, 60, Next::Wait);
+        check(PurgeState::Purged, &[90_000], 150_000, 60, Next::Probe);
+        check(PurgeState::Purged, &[20, 4_010, 70_000], 129_999, 60, Next::Wait);
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! Time is moved on by the test: the clock, and with it what pauses and rates are measured by. Deliberately absent: the
 //! vendors themselves, whose connectors are tested with stubs that count too.
 
+#![expect(clippy::print_stdout, reason = "the figures are what one wants to see")]
+
 use std::collections::HashMap;
 use std::time::Instant;
 

@@ -16,6 +16,7 @@ mod fastly_edge;
 mod fastly_stub;
 mod fastly_vcl;
 mod served;
+mod troubles;
 mod vcl;
 mod whole;
 mod witness;

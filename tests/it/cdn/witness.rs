@@ -53,6 +53,8 @@ pub struct Given {
     pub answers: usize,
     /// Of these, by caches.
     pub hits: usize,
+    /// Of these, what a cache had before it was asked here.
+    pub kept: usize,
     /// Decrypted to the origin's bytes under a key that is in force.
     pub decrypted: usize,
     /// Under a key that is in force, by which no playlist named them: they had left the window.
@@ -123,7 +125,7 @@ impl Witness {
             recent.flat_map(|((path, _), _)| [path.as_str(), without_query(path)]).collect();
         for path in urls {
             // Once as it is there now, and once as it is kept from then on.
-            for _ in 0..2 {
+            for turn in 0..2 {
                 let url = format!("{edge}{path}");
                 let answer = try_ask_by(&agent, "GET", &url, &[]).unwrap();
                 assert_eq!(answer.status, 200, "{url}");
@@ -131,6 +133,7 @@ impl Witness {
                 given.answers += 1;
                 let is_hit = answer.header("x-cache") == Some("HIT");
                 given.hits += usize::from(is_hit);
+                given.kept += usize::from(is_hit && turn == 0);
                 assert!(!revoked.contains(&under), "{url}: {under} is revoked; {answer:?}");
                 let same = |named: &&(String, String)| without_query(&named.0) == without_query(path);
                 for place in seen.named.keys().filter(same) {

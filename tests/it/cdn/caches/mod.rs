@@ -8,7 +8,7 @@
 //!   .edge_url()                       where players play, and `Edge` asks
 //!   .agent_url(), .token()            for `CustomSettings`
 //!   .agent                            an `AgentHandle`:
-//!     refuse()  slow(Duration)  flap(serves, fails)  rate_limit(calls, per)  purges_take(Duration)  heal()
+//!     refuse()  slow(Duration)  flap(serves, fails)  rate_limit(calls, per)  purges_take(Duration)  lose_purges()  heal()
 //!     can_only(&["tags", …])          its capabilities
 //!     calls()  count("POST /v1/purge")  most_within(Duration, "")  stored()  purged()
 //! ```

@@ -33,6 +33,7 @@ struct Set {
     limit: Option<(usize, Duration)>,
     window: VecDeque<Instant>,
     purges_take: Option<Duration>,
+    loses_purges: bool,
 }
 
 /// How an agent misbehaves.
@@ -70,6 +71,10 @@ impl Switches {
 
     pub fn purges_take(&self) -> Option<Duration> {
         self.0.lock().purges_take
+    }
+
+    pub fn loses_purges(&self) -> bool {
+        self.0.lock().loses_purges
     }
 }
 
@@ -122,6 +127,11 @@ impl AgentHandle {
     /// Purges are done so much later, by their status. The objects are gone at once.
     pub fn purges_take(&self, time: Duration) {
         self.agent.switches.0.lock().purges_take = Some(time);
+    }
+
+    /// Purges are done, it says, and takes nothing out.
+    pub fn lose_purges(&self) {
+        self.agent.switches.0.lock().loses_purges = true;
     }
 
     /// It can do no more than this; see `CAPABILITIES`.
