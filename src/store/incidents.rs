@@ -103,7 +103,7 @@ pub struct IncidentCdnRow {
 
 /// The columns of what is noted.
 const NOTED: [(&str, &str); 8] = [
-    ("id", "text"),
+    ("incident", "text"),
     ("cdn", "text"),
     ("state", "text"),
     ("purges", "bigint"),
@@ -117,7 +117,7 @@ impl IncidentCdnRow {
     /// In the columns [`NOTED`].
     fn to_json(&self, id: IncidentId) -> Value {
         json!({
-            "id": id.to_string(), "cdn": self.cdn, "state": self.state.name(), "purges": self.purges,
+            "incident": id.to_string(), "cdn": self.cdn, "state": self.state.name(), "purges": self.purges,
             "purged_at": self.purged_at.map(Timestamp::as_unix_millis), "error": self.last_error,
             "at": self.updated_at.as_unix_millis(), "done": self.completed_at.map(Timestamp::as_unix_millis),
         })
@@ -275,15 +275,15 @@ impl Store {
                 "UPDATE incident_cdns AS c
                  SET state = r.state, purges = r.purges, purged_at = r.purged_at, last_error = r.error,
                      updated_at = r.at, completed_at = r.done
-                 FROM {from} WHERE c.incident_id = r.id AND c.cdn = r.cdn AND c.state <> 'complete'"
+                 FROM {from} WHERE c.incident_id = r.incident AND c.cdn = r.cdn AND c.state <> 'complete'"
             );
             sqlx::query(AssertSqlSafe(note)).bind(&list).execute(&mut *tx).await?;
             let complete = format!(
                 "UPDATE incidents AS i SET completed_at = r.at FROM {from}
-                 WHERE i.id = r.id AND i.completed_at IS NULL
+                 WHERE i.id = r.incident AND i.completed_at IS NULL
                    AND NOT EXISTS (SELECT 1 FROM incident_cdns AS c
                                    WHERE c.incident_id = i.id AND c.state NOT IN ('complete', 'abandoned'))
-                 RETURNING i.id AS id"
+                 RETURNING id"
             );
             let complete = sqlx::query(AssertSqlSafe(complete)).bind(&list).fetch_all(&mut *tx).await?;
             let complete = complete.iter().map(|row| parsed(row, "id")).collect::<Result<_, _>>()?;
