@@ -214,8 +214,9 @@ impl Core {
                 }
             };
             self.note_store(is_up);
-            // Another node may have taken keys back.
-            self.delivery.wake_purges();
+            if is_up {
+                self.look_for_incidents().await;
+            }
             self.shared.news.done.send_replace(begun);
             if is_up
                 && self.decided_alone.swap(false, Ordering::AcqRel)

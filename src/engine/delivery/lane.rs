@@ -320,7 +320,11 @@ impl Core {
         keys: Vec<Arc<LiveKey>>,
     ) -> Result<Outcome, StoreError> {
         let mut outcome = Outcome::default();
+        // Another node may have the lease before all is done, and take out what this one would store again.
         for keys in keys.chunks(place.cdn.cdn.limits().keys_per_call.max(1)) {
+            if !self.holds_lease() {
+                break;
+            }
             // Taken back, or gone, since they were looked for: the calls before this one may have taken their time.
             let is_there = |key: &&Arc<LiveKey>| {
                 key.revoked().is_none() && self.shared.keys.read().contains_key(&key.id)
@@ -463,6 +467,9 @@ impl Core {
     ) -> Result<Outcome, StoreError> {
         let mut outcome = Outcome::default();
         for keys in keys.chunks(place.cdn.cdn.limits().keys_per_call.max(1)) {
+            if !self.holds_lease() {
+                break;
+            }
             if place.cdn.mode == DeliveryMode::Push {
                 if !place.pace.lock().take(Call::Write, self.monotonic()) {
                     break;

@@ -129,6 +129,18 @@ impl Delivery {
 }
 
 impl Core {
+    /// Another node may have taken keys back. Asked once, not by every CDN at every word of the store.
+    pub(super) async fn look_for_incidents(&self) {
+        if self.delivery.places.is_empty() || !self.holds_lease() {
+            return;
+        }
+        match self.store.count_open_incidents().await {
+            Ok(0) => {}
+            Ok(_) => self.delivery.wake_purges(),
+            Err(error) => tracing::debug!(%error, "incidents could not be counted"),
+        }
+    }
+
     /// Waits for a call of a CDN, no longer than the rules say, and notes what came of it.
     async fn ask<T>(
         &self,

@@ -97,7 +97,10 @@ impl Core {
         if newest.is_none() || place.pace.lock().is_paused(Call::Purge, self.monotonic()) {
             return Ok(newest);
         }
-        let due: Vec<_> = (0..open.len()).filter(|at| self.next(place, &open[*at]) == Next::Purge).collect();
+        let mut due: Vec<_> =
+            (0..open.len()).filter(|at| self.next(place, &open[*at]) == Next::Purge).collect();
+        // What was never purged is the most urgent, whatever of older ones is to be purged again.
+        due.sort_by_key(|at| open[*at].1.purges);
         self.purge(place, &mut open, &due).await?;
         Ok(newest)
     }
