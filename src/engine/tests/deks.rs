@@ -104,7 +104,16 @@ async fn versions(dir: &Path) -> Vec<(i64, bool)> {
 async fn a_dek_is_unwrapped_once_at_the_start_and_again_only_when_a_key_is_to_be_made() {
     let dir = tempfile::tempdir().unwrap();
     let (clock, kms) = (Clock::manual(START), Remote::open(dir.path()));
-    let first = start(dir.path(), &clock, &kms).await;
+    // By count alone: an hour of nobody watching would have time promote a key, or not yet.
+    let start = async || {
+        let mut by_count = spec();
+        by_count.policy.rotation_interval = None;
+        let rules = DekRules { unwrapped_ttl: TTL, ..DekRules::default() };
+        let kms = Arc::clone(&kms) as Arc<dyn Kms>;
+        let rest = (Duration::from_millis(20), kms, rules);
+        Node::start_with(dir.path(), clock.clone(), rest, Vec::new(), by_count).await
+    };
+    let first = start().await;
     for end in (106..190).step_by(6) {
         first.published(RENDITION, end - 6, end).await;
     }
@@ -112,11 +121,11 @@ async fn a_dek_is_unwrapped_once_at_the_start_and_again_only_when_a_key_is_to_be
     first.sweeps.abort();
     let _ = first.sweeps.await;
 
-    let node = start(dir.path(), &clock, &kms).await;
+    let node = start().await;
     sweeps(&node).await;
     assert_eq!((kms.unwraps(), held(&node)), (1, 1));
     let before = node.published(RENDITION, 184, 190).await;
-    // With no time trigger's help: nothing is due, and nothing is unwrapped for it.
+    // Nothing is due, and nothing is unwrapped for it.
     clock.advance(TTL);
     until(async || held(&node) == 0 || kms.unwraps() == 2).await;
     assert_eq!(node.published(RENDITION, 184, 190).await, before, "what plays goes on");
@@ -386,6 +395,7 @@ async fn a_revocation_whose_successor_waits_waits_for_no_kms() {
     let kms = Arc::clone(&hanging) as Arc<dyn Kms>;
     let node = Node::start_on(dir.path(), Clock::manual(START), Duration::from_millis(20), kms, rules).await;
     *hanging.hangs.lock() = true;
+    node.clock.advance(Duration::from_millis(100));
     let dek = node.stream().known.read().dek().unwrap().row.id;
     until(async || node.operator.core.deks.held(dek).is_none()).await;
     let begun = std::time::Instant::now();
