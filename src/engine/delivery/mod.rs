@@ -9,6 +9,7 @@
 
 mod gone;
 mod lane;
+mod look;
 mod pace;
 mod purges;
 mod status;
