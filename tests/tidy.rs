@@ -19,7 +19,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("store", &["keys", "fault"]),
     ("rest", &[]),
     ("kms", &["keys", "entropy", "fault", "rest"]),
-    ("cdn", &["keys", "clock", "entropy", "fault", "rest"]),
+    ("cdn", &["keys", "clock", "entropy", "rest"]),
     ("config", &["keys", "hls", "kms", "cdn", "telemetry", "fault", "alert", "rest"]),
     ("engine", &["keys", "alert", "store", "kms", "cdn", "clock", "entropy", "fault", "telemetry"]),
     ("shield", &["keys", "cipher", "hls", "engine", "clock", "telemetry"]),

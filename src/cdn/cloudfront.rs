@@ -25,7 +25,7 @@ use aws_credential_types::provider::{ProvideCredentials, SharedCredentialsProvid
 use tokio::sync::{Mutex, OnceCell};
 
 use self::clients::Clients;
-pub use self::function::{CloudFrontEdgeCode, edge_code};
+pub use self::function::CloudFrontEdgeCode;
 pub use self::invalidation::Patience;
 pub use self::key_group::{KeyGroup, KeyGroupStatus, Step};
 pub use self::signer::{SignedCookie, Signer};

@@ -25,7 +25,7 @@ pub use cloudflare::{Cloudflare, CloudflareSettings};
 #[cfg(feature = "cdn-cloudfront")]
 pub use cloudfront::{
     CloudFront, CloudFrontEdgeCode, CloudFrontSettings, KeyGroup, KeyGroupStatus, Patience, SignedCookie,
-    Signer, SignerSettings, Step, edge_code as cloudfront_edge_code,
+    Signer, SignerSettings, Step,
 };
 pub use custom::{CustomCdn, CustomSettings};
 pub use edge::{Edge, EdgeSettings, KeySeen, ProbeHeaders};

@@ -64,18 +64,6 @@ impl CloudFrontEdgeCode {
     }
 }
 
-/// As [`CloudFrontEdgeCode::text`], with what the shield does by default: keys are kept for five minutes and read by all.
-pub fn edge_code(secret: &EdgeSecret, key_path: &str, needs_token: bool) -> Zeroizing<String> {
-    let code = CloudFrontEdgeCode {
-        key_path: key_path.to_owned(),
-        key_max_age: Duration::from_secs(300),
-        cors_origins: vec!["*".into()],
-        secret: secret.clone(),
-        needs_token,
-    };
-    code.text()
-}
-
 impl CloudFront {
     /// Makes the code of a function what is given, associates it with the KeyValueStore, and publishes it; nothing, if it
     /// is live already. Says whether anything was changed.
@@ -181,7 +169,14 @@ mod tests {
         let text = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
         let secret: EdgeSecret = text.parse().unwrap();
         for needs_token in [true, false] {
-            let code = edge_code(&secret, "/api/hls/keys/", needs_token);
+            let code = CloudFrontEdgeCode {
+                key_path: "/api/hls/keys/".into(),
+                key_max_age: Duration::from_secs(300),
+                cors_origins: vec!["*".into()],
+                secret: secret.clone(),
+                needs_token,
+            };
+            let code = code.text();
             assert!(code.len() < MAX_FUNCTION, "{} bytes", code.len());
             assert!(!code.contains("__") && !code.contains(text));
             assert!(code.contains(secret.mac_key().as_str()) && code.contains("['/api/hls/keys/', "));

@@ -23,7 +23,6 @@ use super::errors::Call;
 use super::key_files::KeyFiles;
 use super::{CloudFront, SignerSettings};
 use crate::entropy;
-use crate::fault;
 use crate::keys::Timestamp;
 
 const GET_GROUP: &str = "cloudfront:GetKeyGroup";
@@ -210,8 +209,6 @@ impl<'a> KeyGroup<'a> {
     }
 
     fn go_on(&self, rotation: Rotation, stage: Stage, now: Timestamp) -> Result<(), CdnError> {
-        // What the step did is done, and not yet written.
-        fault::point("key-group");
         self.files.set_rotation(&Rotation { stage, since_unix_millis: now.as_unix_millis(), ..rotation })
     }
 

@@ -260,7 +260,7 @@ pub fn delivered() -> (Scenario, Memory) {
         session.act("own", Call::Delete)?;
         session.wait_until_let_go().map(drop)
     };
-    let points = &["deliver", "purge", "incident", "drop deliveries"];
+    let points = &["deliver", "purge", "incident", "drop deliveries", "seal under"];
     let scenario = Scenario { name: "delivered", points, config, begin: Begin::Empty, has_cdn: true, drive };
     (scenario, memory(&["live"]))
 }

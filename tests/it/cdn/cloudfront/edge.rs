@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use keyshield::cdn::{Cdn, CloudFront, CloudFrontEdgeCode, DeliveryMode, KeySeen, cloudfront_edge_code};
+use keyshield::cdn::{Cdn, CloudFront, CloudFrontEdgeCode, DeliveryMode, KeySeen};
 use keyshield::keys::{
     CONTENT_SECRET_LEN, CheckValue, ContentKey, ContentSecrets, EDGE_NONCE_LEN, EdgeSecret, KeyId, KeyMethod,
     SealedKey, StreamId, Timestamp, TokenScope, seal_for_edge, viewer_token,
@@ -16,12 +16,25 @@ use keyshield::keys::{
 use parking_lot::Mutex;
 use serde_json::json;
 use tempfile::TempDir;
+use zeroize::Zeroizing;
 
 use super::wires::{KEY_PATH, Wire, connector, connector_with, edge, run};
 use crate::daemon::Daemon;
 use crate::harness::{Answer, agent, ask, free_port, repository};
 use crate::origin::{self, Origin};
 use crate::sessions::{contains, spellings};
+
+/// The code as the shield's defaults have it: keys are kept for five minutes and read by all.
+fn edge_code(secret: &EdgeSecret, key_path: &str, needs_token: bool) -> Zeroizing<String> {
+    let code = CloudFrontEdgeCode {
+        key_path: key_path.to_owned(),
+        key_max_age: Duration::from_secs(300),
+        cors_origins: vec!["*".into()],
+        secret: secret.clone(),
+        needs_token,
+    };
+    code.text()
+}
 
 const SECRET: &str = "5f1c9f0e2d3b4a5968778695a4b3c2d1e0f00112233445566778899aabbccdde";
 
@@ -61,7 +74,7 @@ struct Front {
 
 impl Front {
     fn start(needs_token: bool) -> Self {
-        Self::running(&cloudfront_edge_code(&secret(), KEY_PATH, needs_token))
+        Self::running(&edge_code(&secret(), KEY_PATH, needs_token))
     }
 
     fn running(code: &str) -> Self {
@@ -285,8 +298,8 @@ fn a_function_goes_live_with_its_store_and_once() {
     let wire = Wire::ministack();
     let arn = wire.make_store("keys");
     let cdn = connector(wire.settings_on(&arn), DeliveryMode::Push);
-    let first = cloudfront_edge_code(&secret(), KEY_PATH, false);
-    let second = cloudfront_edge_code(&secret(), KEY_PATH, true);
+    let first = edge_code(&secret(), KEY_PATH, false);
+    let second = edge_code(&secret(), KEY_PATH, true);
     run(async {
         assert!(cdn.deploy("keyshield", &first).await.unwrap());
         assert!(!cdn.deploy("keyshield", &first).await.unwrap(), "it is live");
@@ -337,7 +350,7 @@ fn no_level_of_logging_shows_what_the_function_opens_keys_with() {
         .with_max_level(tracing::Level::TRACE)
         .with_writer(move || writer.clone())
         .finish();
-    let code = cloudfront_edge_code(&secret(), KEY_PATH, true);
+    let code = edge_code(&secret(), KEY_PATH, true);
     tracing::subscriber::with_default(everything, || {
         run(async {
             assert!(cdn.deploy("keyshield", &code).await.unwrap());
