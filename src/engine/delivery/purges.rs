@@ -6,9 +6,11 @@
 //! answers under the old key that were under way: they would be cached behind the first one. Then the edge is asked what it gives out, and
 //! while that is a revoked key, or what was encrypted under one, it is purged again.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::task::JoinSet;
 
 use super::Place;
@@ -17,7 +19,7 @@ use crate::cdn::{CdnError, CdnFault, DeliveryMode, KeySeen, Purge};
 use crate::engine::live::BREAK_OFF_AFTER;
 use crate::engine::worker::Core;
 use crate::fault;
-use crate::keys::{KeyId, Timestamp};
+use crate::keys::{IncidentId, KeyId, Timestamp};
 use crate::store::{IncidentCdnRow, IncidentRow, PurgeState, StoreError};
 
 /// Behind the moment at which a node breaks off what is under way, which is so long after it has heard of the revocation.
@@ -35,19 +37,55 @@ const PROBED_AT_ONCE: usize = 16;
 /// Paths of an incident that the edge is asked for.
 const MAX_PROBES: usize = 16;
 
+/// Purges under way at one CDN at once: a vendor may take a minute for one, and none must wait for another.
+const MAX_UNDER_WAY: usize = 16;
+
+/// Purges that have begun.
+#[derive(Default)]
+struct UnderWay {
+    tasks: JoinSet<()>,
+    incidents: Arc<Mutex<HashSet<IncidentId>>>,
+}
+
+impl UnderWay {
+    fn begin(&self, batch: &[Open]) -> Begun {
+        let which: Vec<_> = batch.iter().map(|(incident, _)| incident.id).collect();
+        self.incidents.lock().extend(&which);
+        Begun { which, all: Arc::clone(&self.incidents) }
+    }
+}
+
+/// Incidents for which a purge has begun, until it is dropped.
+struct Begun {
+    which: Vec<IncidentId>,
+    all: Arc<Mutex<HashSet<IncidentId>>>,
+}
+
+impl Drop for Begun {
+    fn drop(&mut self) {
+        let mut all = self.all.lock();
+        for id in &self.which {
+            all.remove(id);
+        }
+    }
+}
+
 /// An incident, and its row of one CDN.
 type Open = (IncidentRow, IncidentCdnRow);
 
 impl Core {
     /// Purges what was taken back at one CDN for as long as the process lives.
     pub(in crate::engine) async fn keep_purging(self: Arc<Self>, place: Arc<Place>) {
+        // Ends with this.
+        let mut under_way = UnderWay::default();
         let mut tick = TICK;
         loop {
             tokio::select! {
                 () = tokio::time::sleep(tick) => {}
                 () = place.new_purges.notified() => {}
             }
-            tick = self.worked(&place, self.purge_what_is_due(&place).await);
+            while under_way.tasks.try_join_next().is_some() {}
+            tick = self.worked(&place, self.purge_what_is_due(&place, &mut under_way).await);
         }
     }
 
@@ -87,8 +125,14 @@ impl Core {
     }
 
     /// One step for each incident that is to be purged; when the newest was that is open.
-    async fn purge_what_is_due(&self, place: &Place) -> Result<Option<Timestamp>, StoreError> {
-        let mut open = self.open_at(place).await?;
+    async fn purge_what_is_due(
+        self: &Arc<Self>,
+        place: &Arc<Place>,
+        under_way: &mut UnderWay,
+    ) -> Result<Option<Timestamp>, StoreError> {
+        // Before the rows are read: what ends in between is looked at the next time, and not purged once more.
+        let busy = under_way.incidents.lock().clone();
+        let open = self.open_at(place).await?;
         let newest = open.iter().map(|(incident, _)| incident.revoked_at).max();
         if newest.is_none() {
             // What could not be done is not to be done any more.
@@ -97,11 +141,11 @@ impl Core {
         if newest.is_none() || place.pace.lock().is_paused(Call::Purge, self.monotonic()) {
             return Ok(newest);
         }
-        let mut due: Vec<_> =
-            (0..open.len()).filter(|at| self.next(place, &open[*at]) == Next::Purge).collect();
+        let is_due = |open: &Open| !busy.contains(&open.0.id) && self.next(place, open) == Next::Purge;
+        let mut due: Vec<_> = open.into_iter().filter(is_due).collect();
         // What was never purged is the most urgent, whatever of older ones is to be purged again.
-        due.sort_by_key(|at| open[*at].1.purges);
-        self.purge(place, &mut open, &due).await?;
+        due.sort_by_key(|(_, row)| row.purges);
+        self.begin_purges(place, due, under_way);
         Ok(newest)
     }
 
@@ -131,67 +175,68 @@ impl Core {
         BREAK_OFF_AFTER + heard_within + LAST_PURGE_SLACK
     }
 
-    /// Purges for several incidents together, in as many calls as the vendor's limits ask for.
-    async fn purge(&self, place: &Place, open: &mut [Open], which: &[usize]) -> Result<(), StoreError> {
+    /// Begins purges for several incidents together, in as many calls as the vendor's limits ask for and its rate allows.
+    fn begin_purges(self: &Arc<Self>, place: &Arc<Place>, due: Vec<Open>, under_way: &mut UnderWay) {
         let limits = place.cdn.cdn.limits();
         let at_once = limits.tags_per_purge.max(limits.urls_per_purge / MAX_PROBES).max(1);
-        let mut which = which.iter().copied().peekable();
-        while which.peek().is_some() {
-            let (mut batch, mut keys) = (Vec::new(), Vec::new());
-            while let Some(at) =
-                which.next_if(|at| batch.is_empty() || keys.len() + open[*at].0.keys.len() <= at_once)
+        let mut due = due.into_iter().peekable();
+        while due.peek().is_some() && under_way.tasks.len() < MAX_UNDER_WAY && self.may_tell(place) {
+            let (mut batch, mut keys) = (Vec::new(), 0);
+            while let Some(open) =
+                due.next_if(|(incident, _)| batch.is_empty() || keys + incident.keys.len() <= at_once)
             {
-                keys.extend_from_slice(&open[at].0.keys);
-                batch.push(at);
+                keys += open.0.keys.len();
+                batch.push(open);
             }
-            let done = self.let_go(place, open, &batch, &keys).await;
-            let now = self.now();
-            let mut noted = Vec::with_capacity(batch.len());
-            for at in &batch {
-                let (incident, row) = &mut open[*at];
-                row.updated_at = now;
-                match &done {
-                    Ok(true) => {
-                        row.state = PurgeState::Purged;
-                        row.purges = row.purges.saturating_add(1);
-                        row.purged_at = Some(now);
-                        row.last_error = None;
-                    }
-                    // No call is to be had now: nothing to note.
-                    Ok(false) => return Ok(()),
-                    Err(error) => row.last_error = Some(error.to_string()),
+            let (core, place, begun) = (Arc::clone(self), Arc::clone(place), under_way.begin(&batch));
+            under_way.tasks.spawn(async move {
+                let _begun = begun;
+                if let Err(error) = core.purge(&place, batch).await {
+                    core.note_if_away(&error);
+                    tracing::debug!(%error, cdn = place.cdn.name, "a purge could not be noted; it is done again");
                 }
-                noted.push((incident.id, row.clone()));
+            });
+        }
+    }
+
+    /// Takes the right to tell a CDN, if its rate allows it now.
+    fn may_tell(&self, place: &Place) -> bool {
+        let (mut pace, now) = (place.pace.lock(), self.monotonic());
+        let is_push = place.cdn.mode == DeliveryMode::Push;
+        !(is_push && pace.is_scarce(Call::Write, now)) && pace.take(Call::Purge, now)
+    }
+
+    async fn purge(&self, place: &Place, mut batch: Vec<Open>) -> Result<(), StoreError> {
+        // What comes to a cache from now on, the vendor need not take out, however long it takes for the rest.
+        let told_at = self.now();
+        let done = self.let_go(place, &batch).await;
+        for (_, row) in &mut batch {
+            row.updated_at = self.now();
+            match &done {
+                Ok(()) => {
+                    row.state = PurgeState::Purged;
+                    row.purges = row.purges.saturating_add(1);
+                    row.purged_at = Some(told_at);
+                    row.last_error = None;
+                }
+                Err(error) => row.last_error = Some(error.to_string()),
             }
-            self.store.note_purges(&noted).await?;
-            if let Err(error) = done {
-                self.note_cdn_failure(place, Call::Purge, &error).await;
-                return Ok(());
-            }
-            self.note_cdn_up(place, Call::Purge).await;
+        }
+        let noted: Vec<_> = batch.into_iter().map(|(incident, row)| (incident.id, row)).collect();
+        self.store.note_purges(&noted).await?;
+        match done {
+            Ok(()) => self.note_cdn_up(place, Call::Purge).await,
+            Err(error) => self.note_cdn_failure(place, Call::Purge, &error).await,
         }
         Ok(())
     }
 
-    /// Takes keys out of the edge's store, and what was encrypted under them out of the caches. `false`: the vendor's
-    /// rate does not allow it yet.
-    async fn let_go(
-        &self,
-        place: &Place,
-        open: &[Open],
-        batch: &[usize],
-        keys: &[KeyId],
-    ) -> Result<bool, CdnError> {
-        {
-            let (mut pace, now) = (place.pace.lock(), self.monotonic());
-            let is_push = place.cdn.mode == DeliveryMode::Push;
-            if (is_push && pace.is_scarce(Call::Write, now)) || !pace.take(Call::Purge, now) {
-                return Ok(false);
-            }
-        }
+    /// Takes keys out of the edge's store, and what was encrypted under them out of the caches.
+    async fn let_go(&self, place: &Place, batch: &[Open]) -> Result<(), CdnError> {
         fault::point("purge: before the CDN is told");
         let mut deleted = Ok(());
         if place.cdn.mode == DeliveryMode::Push {
+            let keys: Vec<_> = batch.iter().flat_map(|(incident, _)| incident.keys.iter().copied()).collect();
             for keys in keys.chunks(place.cdn.cdn.limits().keys_per_call.max(1)) {
                 // A key that was taken back waits for no rate of ours.
                 place.pace.lock().note(Call::Write, self.monotonic());
@@ -202,13 +247,13 @@ impl Core {
             }
         }
         // Whatever became of its store: the caches are another part of it, and as urgent.
-        let purge = self.purge_of(batch.iter().map(|at| &open[*at].0));
+        let purge = self.purge_of(batch.iter().map(|(incident, _)| incident));
         // Where it takes its time, such as CloudFront's invalidations, the connector knows how long that may be.
         let done = place.cdn.cdn.purge(&purge).await;
         let outcome = done.as_ref().map_or_else(|error| error.fault.to_string(), |()| "ok".to_owned());
         self.shared.metrics.cdn_calls.with_label_values(&[&place.cdn.name, "purge", &outcome]).inc();
         fault::point("purge: the CDN was told, not noted");
-        done.and(deleted).map(|()| true)
+        done.and(deleted)
     }
 
     fn purge_of<'i>(&self, incidents: impl Iterator<Item = &'i IncidentRow>) -> Purge {

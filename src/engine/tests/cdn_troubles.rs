@@ -112,6 +112,23 @@ async fn an_edge_that_does_not_answer_holds_up_no_later_purge() {
 }
 
 #[tokio::test]
+async fn a_purge_that_takes_its_time_holds_up_no_other_and_is_not_begun_twice() {
+    let (dir, cdns) = (tempfile::tempdir().unwrap(), Cdns::new(1));
+    let cdn = &cdns.0[0];
+    let node = cdns.node(dir.path(), Clock::manual(START), |_| {}).await;
+    until(async || node.in_sync(0).await).await;
+    *cdn.purge_hangs.lock() = true;
+    let first = node.operator.revoke(&id(), None, "leaked", "sam").await.unwrap().incident.id;
+    until(async || cdn.count("purge") == 1).await;
+    let second = node.operator.revoke(&id(), None, "leaked again", "sam").await.unwrap().incident.id;
+    let state = async |id| node.operator.incident(id).await.unwrap().cdns.remove(0).state;
+    until(async || state(second).await == PurgeState::Purged).await;
+    node.clock.advance(Duration::from_secs(5));
+    until(async || state(second).await == PurgeState::Complete).await;
+    assert_eq!((state(first).await, cdn.count("purge")), (PurgeState::Pending, 3));
+}
+
+#[tokio::test]
 async fn what_a_cdn_has_is_known_of_a_key_that_is_opened_later() {
     let (dir, cdns) = (tempfile::tempdir().unwrap(), Cdns::new(1));
     let node = cdns.node(dir.path(), Clock::manual(START), |_| {}).await;

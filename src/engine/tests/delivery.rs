@@ -27,6 +27,8 @@ pub(super) struct Fake {
     pub(super) refused: Mutex<&'static str>,
     /// Who asks for what is cached gets no answer.
     pub(super) looks_hang: Mutex<bool>,
+    /// The next purge gets no answer.
+    pub(super) purge_hangs: Mutex<bool>,
     /// Puts wait for a ring.
     pub(super) puts_hang: Mutex<Option<Arc<tokio::sync::Notify>>>,
     /// It takes keys, and its answer is lost.
@@ -110,6 +112,9 @@ impl Cdn for Fake {
 
     async fn purge(&self, purge: &Purge) -> Result<(), CdnError> {
         self.call("purge")?;
+        if std::mem::take(&mut *self.purge_hangs.lock()) {
+            std::future::pending::<()>().await;
+        }
         self.purges.lock().push(purge.clone());
         Ok(())
     }
