@@ -824,6 +824,8 @@ async fn a_change_that_is_undone_in_a_deadlock_is_carried_out_again() {
     let postgres = Postgres::shared();
     let url = postgres.database();
     let database = url.rsplit('/').next().unwrap().to_owned();
+    // A session looks once, so long after it has begun to wait: the other must wait for it by then.
+    postgres.sql("postgres", &format!("ALTER DATABASE {database} SET deadlock_timeout = '2500ms'"));
     let store = Store::open(&Location::Postgres(url.clone()), 8).await.unwrap();
     let mut ids: Vec<StreamId> = Vec::new();
     for (n, name) in [(1, "a"), (2, "b")] {

@@ -276,6 +276,8 @@ fn streams_go_on_without_the_kms_and_a_start_waits_for_it() {
     let mut shield = Running::launch(dir, &config, &[]);
     let health = format!("{}/api/hls/health", shield.control);
     wait_for("an answer of health", || try_ask("GET", &health, &[]).ok());
+    // By then it has begun to listen for signals too.
+    wait_for("the reason in the log", || shield.logged().contains(why).then_some(()));
     assert_eq!(shield.stop("-TERM"), Some(0), "one that waits can be stopped");
 }
 
