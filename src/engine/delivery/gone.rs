@@ -1,4 +1,5 @@
-//! The end of what waits for CDNs that this shield has no more, so that no incident stays open for ever.
+//! How many incidents are open, and the end of what waits for CDNs that this shield has no more, so that none stays open
+//! for ever.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,8 +22,10 @@ impl Core {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            if self.holds_lease()
-                && !self.is_store_away()
+            if !self.holds_lease() {
+                // Whoever has it knows.
+                self.shared.metrics.incidents_open.set(0);
+            } else if !self.is_store_away()
                 && let Err(error) = self.end_what_is_gone().await
             {
                 self.note_if_away(&error);
