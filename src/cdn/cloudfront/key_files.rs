@@ -116,13 +116,13 @@ impl KeyFiles {
     }
 
     /// Held as long as what it gives: one step at a time. The system lets go of it when a process ends.
-    pub(super) fn lock(&self) -> Result<File, CdnError> {
+    pub(super) fn lock(&self) -> Result<Held, CdnError> {
         fs::create_dir_all(&self.directory).map_err(|error| bad(&self.directory, &error))?;
         let path = self.path(LOCK);
         let file = File::options().create(true).truncate(false).write(true).open(&path);
         let file = file.map_err(|error| bad(&path, &error))?;
         match file.try_lock() {
-            Ok(()) => Ok(file),
+            Ok(()) => Ok(Held(file)),
             Err(_) => {
                 let what = format!("{}: another process rotates this key group now", path.display());
                 Err(CdnError::new(CdnFault::Away, what))
@@ -186,6 +186,17 @@ fn generated() -> SecretKey {
         if let Ok(key) = SecretKey::from_slice(&*entropy::random::<32>()) {
             return key;
         }
+    }
+}
+
+/// The right to take a step.
+#[derive(Debug)]
+pub(super) struct Held(File);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // By its word and not by closing it: a process that is being started may have the file for a moment too.
+        let _ = self.0.unlock();
     }
 }
 
