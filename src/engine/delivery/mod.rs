@@ -154,9 +154,13 @@ impl Core {
             let what = format!("{operation}: no answer within {} ms", patience.as_millis());
             Err(CdnError::new(crate::cdn::CdnFault::Away, what))
         });
+        self.count_call(place, operation, &answer);
+        answer
+    }
+
+    fn count_call<T>(&self, place: &Place, operation: &str, answer: &Result<T, CdnError>) {
         let outcome = answer.as_ref().map_or_else(|error| error.fault.to_string(), |_| "ok".to_owned());
         self.shared.metrics.cdn_calls.with_label_values(&[&place.cdn.name, operation, &outcome]).inc();
-        answer
     }
 
     /// Notes that a CDN does what it is asked.

@@ -2,9 +2,10 @@
 //!
 //! A revocation's incident is a row, with one for each CDN. Each CDN has a road for these alone, so that a slow lane, or
 //! a slow neighbour, keeps nobody from purging; and another for asking its edge, so that one that does not answer keeps
-//! no later revocation from being purged. What is next for a row says which of the two works on it. A purge is repeated when every node has broken off the
-//! answers under the old key that were under way: they would be cached behind the first one. Then the edge is asked what it gives out, and
-//! while that is a revoked key, or what was encrypted under one, it is purged again.
+//! no later revocation from being purged. What is next for a row says which of the two works on it. A purge is repeated
+//! when every node has broken off the answers under the old key that were under way: they would be cached behind the
+//! first one. Then the edge is asked what it gives out, and while that is a revoked key, or what was encrypted under one,
+//! it is purged again.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -250,8 +251,7 @@ impl Core {
         let purge = self.purge_of(batch.iter().map(|(incident, _)| incident));
         // Where it takes its time, such as CloudFront's invalidations, the connector knows how long that may be.
         let done = place.cdn.cdn.purge(&purge).await;
-        let outcome = done.as_ref().map_or_else(|error| error.fault.to_string(), |()| "ok".to_owned());
-        self.shared.metrics.cdn_calls.with_label_values(&[&place.cdn.name, "purge", &outcome]).inc();
+        self.count_call(place, "purge", &done);
         fault::point("purge: the CDN was told, not noted");
         done.and(deleted)
     }
